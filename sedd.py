@@ -1,0 +1,596 @@
+"""Score entropy discrete diffusion (SEDD), the whole method in one file.
+
+Lou, Meng and Ermon, "Discrete Diffusion Modeling by Estimating the Ratios of the Data Distribution",
+ICML 2024, arXiv 2310.16834.
+
+The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chain that runs for a time t
+in [0, 1]; a token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph).
+The chain can be run backwards by whoever knows the ratios p_t(y) / p_t(x) for all sequences y that differ
+from x in one position: together they are called the concrete score. A transformer learns them by
+minimising the score entropy, a loss that is zero exactly at the true ratios and that bounds the
+likelihood. To sample, start from pure noise and run the chain backwards with the learned score.
+
+    1. Noise         how much noise there is at time t
+    2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
+    3. Transformer   the network whose output is the log score
+    4. Loss          the training objective and the likelihood bound
+    5. Samplers      noise in, text out, with infilling
+
+Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
+the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt
+(in a step backwards: the noise to undo). Losses and bounds are in nats.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------
+# 1. Noise: the clock of the chain. After time t, a token has been under noise for a total of sigma(t).
+# ------------------------------------------------------------------------------------------------------
+
+
+class LogLinearNoise:
+    """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
+
+    The chance that a token has been hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time: it is 0 at
+    t = 0, and stops at 1 - eps so that sigma stays finite at t = 1.
+    """
+
+    def __init__(self, eps=1e-3):
+        self.eps = eps
+
+    def __call__(self, t):
+        """t (B,) in [0, 1] -> sigma (B,), dsigma (B,)."""
+        return -torch.log1p(-(1 - self.eps) * t), (1 - self.eps) / (1 - (1 - self.eps) * t)
+
+
+class GeometricNoise:
+    """sigma(t) = sigma_min^(1 - t) sigma_max^t, the paper's other schedule.
+
+    It starts above zero: already at t = 0 a token has been hit with a chance of about sigma_min.
+    """
+
+    def __init__(self, sigma_min=1e-4, sigma_max=20.0):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def __call__(self, t):
+        """t (B,) in [0, 1] -> sigma (B,), dsigma (B,)."""
+        sigma = self.sigma_min ** (1 - t) * self.sigma_max**t
+        return sigma, sigma * math.log(self.sigma_max / self.sigma_min)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
+#
+# All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ
+# from it in one position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for
+# p_t(x with x_i := y) / p_t(x), which is 1 at y = x_i. Both matrices Q are so simple that exp(sigma Q) has
+# a closed form: each method below is that form written out, and the matrices themselves serve the tests.
+#
+# The score entropy of one jump with learned score s and true ratio r = p(y | x0) / p(x | x0) is
+#
+#     s - r log s + K(r)   with   K(r) = r (log r - 1):
+#
+# convex in s, zero at s = r, positive elsewhere, infinite at s = 0. The denoising score entropy of a token
+# is its sum over the jumps y != x, each weighted by the rate Q[x, y]. In both graphs r has one value at
+# y = x0 and another at every other y, so all that the loss asks of a token's scores is three sums over y != x:
+#
+#     total = sum of s_y,     log_total = sum of log s_y,     log_at_x0 = log s_x0 (0 where x = x0).
+#
+# `score_entropy` takes them from a log score (B, L, S). The transformer will find them without such a tensor
+# and hand them to `entropy_from_sums`.
+# ------------------------------------------------------------------------------------------------------
+
+
+def score_sums(log_score, x0):
+    """log_score (..., S), 0 at y = x; x0 (...) -> total, log_total, log_at_x0, each (...)."""
+    return log_score.exp().sum(-1) - 1, log_score.sum(-1), log_score.gather(-1, x0[..., None])[..., 0]
+
+
+def hit(x0, sigma, generator):
+    """Which tokens of x0 (B, L) noise has hit by sigma (B,): each one with chance 1 - e^-sigma."""
+    return torch.rand(x0.shape, generator=generator, device=x0.device) < -torch.expm1(-sigma)[:, None]
+
+
+def close_rows(rate, x):
+    """rate (B, L, S) with its entry at y = x set to minus the sum of the others, as a rate out of x must be."""
+    rate = rate.scatter(-1, x[..., None], 0.0)
+    return rate.scatter(-1, x[..., None], -rate.sum(-1, keepdim=True))
+
+
+class Absorbing:
+    """Every token turns into MASK at rate 1 and stays there: Q_absorb.
+
+    Tokens are 0 ... vocab_size - 1 and MASK is one state more. The reversed chain leaves no state but MASK:
+    only masked positions have scores that matter, a loss, and anything to draw.
+    """
+
+    def __init__(self, vocab_size):
+        self.vocab_size = self.mask_id = vocab_size
+        self.num_states = vocab_size + 1
+
+    def rate_matrix(self):
+        """Q (S, S) in float64; each column sums to zero."""
+        Q = -torch.eye(self.num_states, dtype=torch.float64)
+        Q[self.mask_id] += 1
+        return Q
+
+    def can_change(self, x):
+        """x (B, L) -> bool (B, L), the positions from which the reversed chain can jump."""
+        return x == self.mask_id
+
+    def sample_transition(self, x0, sigma, generator=None):
+        """x ~ exp(sigma Q) applied to each token of x0 (B, L), sigma (B,): a token that is hit becomes MASK."""
+        return torch.where(hit(x0, sigma, generator), self.mask_id, x0)
+
+    def sample_prior(self, *shape, device=None):
+        """x_T: all MASK."""
+        return torch.full(shape, self.mask_id, device=device)
+
+    def prior_kl(self, sigma):
+        """KL(p(x_T | x0) || p_base) in nats per token, sigma (B,) -> (B,).
+
+        At a finite sigma a token is still visible with chance e^-sigma, to which pure MASK would give no
+        probability. So p_base keeps that much mass on the tokens, evenly: a visible one costs log V nats.
+        """
+        return torch.exp(-sigma) * math.log(self.vocab_size)
+
+    def score_entropy(self, log_score, sigma, x, x0):
+        """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
+        return self.entropy_from_sums(*score_sums(log_score, x0), sigma[:, None], x, x0)
+
+    def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
+        """The same from the three sums; all arguments of one shape, or broadcast to it.
+
+        From MASK, p(y | x0) / p(MASK | x0) is r = e^-sigma / (1 - e^-sigma) at y = x0 and 0 elsewhere.
+        """
+        r = 1 / torch.expm1(sigma)
+        entropy = total + r * (torch.log(r) - 1 - log_at_x0)
+        return torch.where(x == self.mask_id, entropy, 0.0)
+
+    def reverse_rate(self, score, x):
+        """Rates out of x (B, L) of the reversed chain: Q[x, y] score_y at y != x, (B, L, S), rows sum to zero."""
+        return close_rows(torch.where((x == self.mask_id)[..., None], score, 0.0), x)
+
+    def tweedie_probs(self, score, dsigma, x):
+        """p(y) ~ (exp(-dsigma Q) score)_y exp(dsigma Q)[x, y], (B, L, S): the Tweedie step back by dsigma.
+
+        From MASK this is (e^dsigma - 1) score_y for a token y, and MASK keeps the rest of the mass. A learned
+        score can promise more than there is; the rest is then clamped at zero.
+        """
+        leave = torch.expm1(dsigma)[:, None, None] * score[..., : self.mask_id]
+        stay = (1 - leave.sum(-1, keepdim=True)).clamp(min=0)
+        probs = torch.cat([leave, stay], -1)
+        probs = probs / probs.sum(-1, keepdim=True)
+        return torch.where((x == self.mask_id)[..., None], probs, F.one_hot(x, self.num_states).to(probs.dtype))
+
+
+class Uniform:
+    """Every token is replaced at rate 1 by one drawn evenly from all N states: Q_uniform = 1 1^T / N - I."""
+
+    mask_id = None
+
+    def __init__(self, vocab_size):
+        self.vocab_size = self.num_states = vocab_size
+
+    def rate_matrix(self):
+        """Q (S, S) in float64; each column sums to zero."""
+        N = self.num_states
+        return torch.full((N, N), 1 / N, dtype=torch.float64) - torch.eye(N, dtype=torch.float64)
+
+    def can_change(self, x):
+        """x (B, L) -> bool (B, L), the positions from which the reversed chain can jump: all of them."""
+        return torch.ones_like(x, dtype=torch.bool)
+
+    def sample_transition(self, x0, sigma, generator=None):
+        """x ~ exp(sigma Q) applied to each token of x0 (B, L), sigma (B,): a token that is hit is drawn anew."""
+        drawn = torch.randint(self.num_states, x0.shape, generator=generator, device=x0.device)
+        return torch.where(hit(x0, sigma, generator), drawn, x0)
+
+    def sample_prior(self, *shape, device=None):
+        """x_T: evenly drawn tokens."""
+        return torch.randint(self.num_states, shape, device=device)
+
+    def prior_kl(self, sigma):
+        """KL(p(x_T | x0) || p_base) in nats per token, sigma (B,) -> (B,).
+
+        With a = e^-sigma, p(x_T | x0) is a + (1 - a) / N at x0 and (1 - a) / N elsewhere; p_base is 1 / N.
+        """
+        N, a = self.num_states, torch.exp(-sigma)
+        at_x0, elsewhere = a + (1 - a) / N, (1 - a) / N
+        return torch.xlogy(at_x0, N * at_x0) + (N - 1) * torch.xlogy(elsewhere, N * elsewhere)
+
+    def score_entropy(self, log_score, sigma, x, x0):
+        """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
+        return self.entropy_from_sums(*score_sums(log_score, x0), sigma[:, None], x, x0)
+
+    def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
+        """The same from the three sums; all arguments of one shape, or broadcast to it.
+
+        p(y | x0) is in proportion to 1 + a at y = x0 and to 1 elsewhere, with a = N / (e^sigma - 1). So where
+        x = x0 every ratio is 1 / (1 + a); otherwise it is 1 + a at y = x0 and 1 at the N - 2 other jumps.
+        """
+        N = self.num_states
+        log_r = torch.log1p(N / torch.expm1(sigma))
+        kept = torch.exp(-log_r) * ((N - 1) * (-log_r - 1) - log_total)
+        moved = torch.exp(log_r) * (log_r - 1 - log_at_x0) - (N - 2) - (log_total - log_at_x0)
+        return (total + torch.where(x == x0, kept, moved)) / N
+
+    def reverse_rate(self, score, x):
+        """Rates out of x (B, L) of the reversed chain: Q[x, y] score_y at y != x, (B, L, S), rows sum to zero."""
+        return close_rows(score / self.num_states, x)
+
+    def tweedie_probs(self, score, dsigma, x):
+        """p(y) ~ (exp(-dsigma Q) score)_y exp(dsigma Q)[x, y], (B, L, S): the Tweedie step back by dsigma.
+
+        exp(sigma Q) = e^-sigma I + (1 - e^-sigma) 1 1^T / N, and with -dsigma for sigma its inverse. Undoing
+        the noise of a learned score can leave less than nothing of an unlikely token; clamp it at zero.
+        """
+        undo, redo = torch.exp(dsigma)[:, None, None], torch.exp(-dsigma)[:, None, None]
+        before = (undo * score + (1 - undo) * score.mean(-1, keepdim=True)).clamp(min=0)
+        arrive = (1 - redo) / self.num_states + redo * F.one_hot(x, self.num_states)
+        probs = before * arrive
+        return probs / probs.sum(-1, keepdim=True)
+
+
+GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
+NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
+
+# ------------------------------------------------------------------------------------------------------
+# 3. Transformer. Bidirectional, with rotary positions, and told about sigma by adaptive layer norm: an MLP
+# of sigma gives each block the shifts, scales and gates of its two branches (adaLN-zero, of DiT). The gates
+# start at zero, so that every block starts as the identity.
+# ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SEDDConfig:
+    """The shape of a model. The defaults are the published small model, 12 layers on GPT-2's vocabulary."""
+
+    vocab_size: int = 50257  # tokens of the data; the absorbing graph adds MASK by itself
+    block_size: int = 1024  # sequence length in training
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    cond_dim: int = 128  # width of the embedding of sigma
+    dropout: float = 0.1
+    graph: Literal["absorb", "uniform"] = "absorb"
+    noise: Literal["loglinear", "geometric"] = "loglinear"
+
+    def __post_init__(self):
+        if self.n_head < 1 or self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width: "
+                f"try --n_embd={64 * max(1, self.n_head)}"
+            )
+        for name, known in ("graph", GRAPHS), ("noise", NOISES):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+
+
+class SigmaMap(nn.Module):
+    """sigma (B,) -> (B, cond_dim): cosines and sines of sigma at 128 frequencies, then an MLP."""
+
+    def __init__(self, cond_dim, half=128):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * half, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        freqs = torch.exp(-math.log(10000) * torch.arange(half) / half)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def forward(self, sigma):
+        angles = sigma[:, None].float() * self.freqs
+        return F.silu(self.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
+
+
+def rotate(qk, cos, sin):
+    """Rotary positions: turn the pairs (j, j + D/2) of qk (..., L, D) by the angles of cos, sin (L, D/2)."""
+    a, b = qk.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.n_embd
+        self.n_head = config.n_head
+        self.norm1, self.norm2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
+        self.attn_qkv, self.attn_out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.dropout = nn.Dropout(config.dropout)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * d)
+
+    def forward(self, x, c, cos, sin):
+        B, L, d = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+
+        qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1)).view(B, L, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, L, D)
+        # float32 tables would promote q and k, and then no flash kernel takes them
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        y = self.attn_out(y.transpose(1, 2).reshape(B, L, d))
+        x = torch.addcmul(x, gate1, self.dropout(y))
+
+        y = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.dropout(y))
+
+
+class OutputLayer(nn.Module):
+    """The last norm and the vocabulary head `linear`, which starts at zero: every score starts equal."""
+
+    def __init__(self, config, num_states):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.n_embd, bias=False)
+        self.linear = nn.Linear(config.n_embd, num_states)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.n_embd)
+
+    def forward(self, x, c):
+        return modulate(self.norm_final(x), *self.adaLN_modulation(c)[:, None].chunk(2, -1))
+
+
+class VocabularySums(torch.autograd.Function):
+    """The three sums of the loss for the logits z = h W^T + b, without ever holding z.
+
+    h (R, d), W (S, d), b (S,), x and x0 (R,) -> sum over y != x of e^{z_y}, sum over y != x of z_y, and z_x0
+    (0 where x0 = x), each (R,) in float32. Score entropy has no softmax: it is a plain sum over y. So the
+    vocabulary can be cut into chunks that know nothing of each other, and backward computes each chunk's
+    logits again to get their gradient, g_total e^{z_y} + g_log_total + g_log_at_x0 [y = x0], 0 at y = x.
+    """
+
+    ELEMENTS = 2**23  # logits held at a time
+
+    @staticmethod
+    def chunks(h, W, b, x, x0):
+        """Slice, logits and, for x and for x0: (R, 1) its column in this slice and whether it is there."""
+        n = max(1, VocabularySums.ELEMENTS // max(1, len(h)))
+        for start in range(0, len(W), n):
+            s = slice(start, start + n)
+            z = F.linear(h, W[s], b[s]).float()
+            columns = [(y[:, None] - start).clamp(0, z.shape[1] - 1) for y in (x, x0)]
+            inside = [column + start == y[:, None] for column, y in zip(columns, (x, x0))]
+            yield s, z, *columns, *inside
+
+    @staticmethod
+    def forward(ctx, h, W, b, x, x0):
+        ctx.save_for_backward(h, W, b, x, x0)
+        total, log_total, log_at_x0 = h.new_zeros(3, len(h), 1, dtype=torch.float32)
+        for _, z, at_x, at_x0, has_x, has_x0 in VocabularySums.chunks(h, W, b, x, x0):
+            z_x, z_x0 = z.gather(1, at_x), z.gather(1, at_x0)
+            log_total += z.sum(1, keepdim=True) - z_x * has_x
+            log_at_x0 += z_x0 * (has_x0 & (x != x0)[:, None])
+            total += z.exp_().scatter_(1, at_x, 0.0 * has_x + z.gather(1, at_x) * ~has_x).sum(1, keepdim=True)
+        return total[:, 0], log_total[:, 0], log_at_x0[:, 0]
+
+    @staticmethod
+    def backward(ctx, g_total, g_log_total, g_log_at_x0):
+        h, W, b, x, x0 = ctx.saved_tensors
+        g_total, g_log_total, g_log_at_x0 = g_total[:, None], g_log_total[:, None], g_log_at_x0[:, None]
+        dh, dW, db = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(W), torch.empty_like(b)
+        for s, z, at_x, at_x0, has_x, has_x0 in VocabularySums.chunks(h, W, b, x, x0):
+            dz = z.exp_().mul_(g_total).add_(g_log_total)
+            dz.scatter_add_(1, at_x0, g_log_at_x0 * has_x0)
+            dz.scatter_(1, at_x, dz.gather(1, at_x) * ~has_x)
+            db[s] = dz.sum(0)
+            dz = dz.to(W.dtype)
+            dW[s] = dz.T @ h
+            dh += dz @ W[s]
+        return dh.to(h.dtype), dW, db, None, None
+
+
+class SEDD(nn.Module):
+    """The score network. model(x, sigma) is the log score, model(x, sigma, x0) the score entropy.
+
+    Attributes `graph` and `noise` are built from the config. Names and shapes of the parameters are those of
+    the published checkpoints.
+    """
+
+    takes_rows = True  # the samplers may ask for the scores of some positions alone
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.graph, self.noise = GRAPHS[config.graph](config.vocab_size), NOISES[config.noise]()
+        self.vocab_embed = nn.Embedding(self.graph.num_states, config.n_embd)
+        self.sigma_map = SigmaMap(config.cond_dim)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.output_layer = OutputLayer(config, self.graph.num_states)
+
+        nn.init.kaiming_uniform_(self.vocab_embed.weight, a=5**0.5)
+        for layer in (*[block.adaLN_modulation for block in self.blocks], self.output_layer.adaLN_modulation):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.output_layer.linear.weight), nn.init.zeros_(self.output_layer.linear.bias)
+
+        D = config.n_embd // config.n_head
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
+
+    def trunk(self, x, sigma):
+        """x (B, L), sigma (B,) -> features (B, L, n_embd), all but the vocabulary head."""
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        h, c = self.vocab_embed(x), self.sigma_map(sigma)
+        for block in self.blocks:
+            h = block(h, c, cos, sin)
+        return self.output_layer(h, c)
+
+    def shift(self, sigma):
+        """The part of every log score that is known: sigma (B,) -> (B,).
+
+        Under the absorbing graph the true score is p(x0 = y | x) / (e^sigma - 1): the network starts from
+        p = 1 / vocab_size and learns what is missing.
+        """
+        if self.graph.mask_id is None:
+            return torch.zeros_like(sigma)
+        return -torch.log(torch.expm1(sigma)) - math.log(self.config.vocab_size)
+
+    def forward(self, x, sigma, x0=None, rows=None):
+        """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
+
+        With x0 (B, L): the denoising score entropy (B, L) in nats, equal to graph.score_entropy of the log
+        score, in a fraction of the time and memory: only the positions that have a loss meet the vocabulary.
+        With rows, bool (B, L): the log scores of these positions alone, (rows.sum(), S).
+        """
+        h, shift = self.trunk(x, sigma), self.shift(sigma)[:, None].expand(x.shape)
+        head = self.output_layer.linear
+        if x0 is None:
+            if rows is not None:
+                h, shift, x = h[rows], shift[rows], x[rows]
+            return (head(h).float() + shift[..., None]).scatter(-1, x[..., None], 0.0)
+
+        rows = self.graph.can_change(x)
+        sigma = sigma[:, None].expand(x.shape)[rows]
+        shift, x, x0 = shift[rows], x[rows], x0[rows]
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        total, log_total, log_at_x0 = VocabularySums.apply(
+            h[rows].to(dtype), head.weight.to(dtype), head.bias.to(dtype), x, x0
+        )
+        total, log_total = total * shift.exp(), log_total + (self.graph.num_states - 1) * shift
+        log_at_x0 = log_at_x0 + torch.where(x == x0, 0.0, shift)
+        entropy = self.graph.entropy_from_sums(total, log_total, log_at_x0, sigma, x, x0)
+        return torch.zeros_like(rows, dtype=entropy.dtype).masked_scatter(rows, entropy)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 4. Loss. Each function takes as `model` any callable with the two forms of SEDD.forward, model(x, sigma)
+# and model(x, sigma, x0): the tests pass exact scores where training passes the network.
+# ------------------------------------------------------------------------------------------------------
+
+
+def low_discrepancy_times(n, device=None):
+    """n times in (0, 1], each uniform, together evenly spread: one random shift of a regular grid, (n,)."""
+    return 1 - (torch.rand(1, device=device) + torch.arange(n, device=device) / n) % 1
+
+
+def diffusion_loss(model, graph, noise, x0, t=None, x=None):
+    """One draw of the diffusion-weighted denoising score entropy: x0 (B, L) -> (B,), nats per sequence.
+
+        E_{t, x_t} [ dsigma(t) sum over positions of the denoising score entropy at (x_t, sigma(t)) ]
+
+    is, for t uniform in [0, 1], the integral that bounds -log p(x0) (see nll_bound). Left out, the times
+    t (B,) are a low-discrepancy set, and x (B, L) is drawn from the forward process at these times.
+    """
+    if t is None:
+        t = low_discrepancy_times(len(x0), x0.device)
+    sigma, dsigma = noise(t)
+    if x is None:
+        x = graph.sample_transition(x0, sigma)
+    return dsigma * model(x, sigma, x0).sum(-1)
+
+
+@torch.no_grad()
+def nll_bound(model, graph, noise, x0, num_times=128):
+    """An unbiased draw of an upper bound on -log p(x0): x0 (B, L) -> (B,), nats per sequence.
+
+        -log p(x0) <= integral over t of the diffusion loss
+                      + KL(p(x_T | x0) || p_base)                 graph.prior_kl, the end at t = 1
+                      + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
+
+    p(x0) is what the reversed chain generates from p_base with this model's scores; with the true scores the
+    bound is an equality, up to the distance of p_T from p_base. The integral takes num_times evenly spaced
+    times with one random shift per sequence. What each schedule leaves at the two ends:
+
+    t = 1. Log-linear noise stops at e^-sigma = eps. The absorbing graph then pays eps log V nats per token
+    for the tokens that are still visible (0.01 on GPT-2's vocabulary); the uniform graph about
+    N eps^2 / 2, nothing where N is small. Geometric noise stops at e^-20: nothing.
+    t = 0. Log-linear noise starts at sigma = 0, where x_t is x0 and nothing is left to pay. Geometric noise
+    starts at sigma_min, and the samplers' denoising step from there has to find x0: one draw of x_t0.
+    """
+    B, L = x0.shape
+    u = low_discrepancy_times(B, x0.device)[torch.randperm(B, device=x0.device)]
+    integral = sum(diffusion_loss(model, graph, noise, x0, (k + u) / num_times) for k in range(num_times)) / num_times
+    prior = L * graph.prior_kl(noise(torch.ones_like(u))[0])
+    sigma = noise(torch.zeros_like(u))[0]
+    reconstruction = torch.zeros_like(u)
+    if sigma[0] > 0:
+        x = graph.sample_transition(x0, sigma)
+        for i in range(B):  # one sequence at a time: this term alone needs all of a sequence's scores at once
+            probs = denoise_probs(graph, model(x[i : i + 1], sigma[i : i + 1]).exp(), sigma[i : i + 1], x[i : i + 1])
+            reconstruction[i] = -probs.gather(-1, x0[i : i + 1, :, None]).log().sum()
+    return integral + prior + reconstruction
+
+
+# ------------------------------------------------------------------------------------------------------
+# 5. Samplers. The reversed chain, cut into steps in which all positions jump independently.
+# ------------------------------------------------------------------------------------------------------
+
+
+def denoise_probs(graph, score, sigma, x):
+    """The last step, from sigma to no noise at all, where MASK is no longer an answer: (B, L, S)."""
+    probs = graph.tweedie_probs(score, sigma, x)
+    if graph.mask_id is not None:
+        probs = torch.cat([probs[..., : graph.mask_id], torch.zeros_like(probs[..., :1])], -1)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def sample_categorical(probs):
+    """Exact draws from probs (..., S), normalised or not -> (...), by inverting the running sum in float64.
+
+    The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model
+    is, and look better for it (arXiv 2409.02908).
+    """
+    device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
+    running = probs.double().cumsum(-1)
+    u = torch.rand(running.shape[:-1], dtype=torch.float64, device=running.device) * running[..., -1]
+    return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
+
+
+@torch.no_grad()
+def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None):
+    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in `steps` calls of the model.
+
+    `euler` is tau-leaping: for the length of a step every position jumps at the rates of its beginning.
+    `tweedie` is the step that is optimal among those that move each position independently, and exact for a
+    single position. The last step of both is Tweedie's, from wherever the noise is down to none.
+
+    prompt (B, L) has a token where it is to be kept and -1 where one is to be generated. Under the absorbing
+    graph this samples p(rest | kept) at any positions: a kept token looks like one that noise has missed. Under
+    the uniform graph it is approximate: the scores take a kept token for a possibly noisy one.
+    callback(step, x), if given, sees each state from the prior (step 0) to the last.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: sampling takes at least 1 step")
+    if sampler not in ("euler", "tweedie"):
+        raise ValueError(f"sampler={sampler!r} is none of euler, tweedie")
+    x = graph.sample_prior(*shape, device=device)
+    free = torch.ones_like(x, dtype=torch.bool)
+    if prompt is not None:
+        if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
+            raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
+        free = prompt.to(x.device) < 0
+        x = torch.where(free, x, prompt.to(x.device))
+
+    times = torch.linspace(1, 0, steps + 1, device=x.device)
+    for step in range(steps):
+        if callback:
+            callback(step, x)
+        rows = free & graph.can_change(x)
+        if not rows.any():
+            continue
+        sigma, dsigma = noise(times[step].expand(shape[0]))
+        sigma_next, _ = noise(times[step + 1].expand(shape[0]))
+        log_score = model(x, sigma, rows=rows) if getattr(model, "takes_rows", False) else model(x, sigma)[rows]
+        # from here on the rows are a batch of sequences of length 1
+        score, here = log_score[:, None].exp(), x[rows][:, None]
+        sigma, dsigma, sigma_next = (s[:, None].expand(shape)[rows] for s in (sigma, dsigma, sigma_next))
+        if step == steps - 1:
+            probs = denoise_probs(graph, score, sigma, here)
+        elif sampler == "tweedie":
+            probs = graph.tweedie_probs(score, sigma - sigma_next, here)
+        else:
+            # a step too long for its rates would leave less than nothing for staying
+            leap = dsigma[:, None, None] * graph.reverse_rate(score, here) / steps
+            probs = (F.one_hot(here, graph.num_states) + leap).clamp(min=0)
+        x = x.masked_scatter(rows, sample_categorical(probs)[:, 0])
+    if callback:
+        callback(steps, x)
+    return x
