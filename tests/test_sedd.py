@@ -1,0 +1,348 @@
+"""sedd.py against the definitions it implements: dense linear algebra, plain sums, the authors' own numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sedd
+from sedd import SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, sample
+
+V = 5
+GRAPHS = [Absorbing(V), Uniform(V)]
+both_graphs = pytest.mark.parametrize("graph", GRAPHS, ids=["absorb", "uniform"])
+both_names = pytest.mark.parametrize("name", ["absorb", "uniform"])
+
+
+def dense_transition(graph, sigma):
+    """exp(sigma Q), float64 (..., S, S); column x is p(. | x)."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    return torch.linalg.matrix_exp(sigma[..., None, None] * graph.rate_matrix())
+
+
+def random_case(graph, B=6, L=4, seed=0):
+    """x0, sigma, x and a log score (0 at y = x) to compare formulas on, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(V, (B, L), generator=g)
+    sigma = torch.rand(B, generator=g, dtype=torch.float64) * 2 + 0.01
+    x = graph.sample_transition(x0, sigma, g)
+    log_score = torch.randn(B, L, graph.num_states, generator=g, dtype=torch.float64)
+    return x0, sigma, x, log_score.scatter(-1, x[..., None], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise()], ids=["loglinear", "geometric"])
+def test_dsigma_is_the_derivative_of_sigma(noise):
+    t = torch.linspace(0.01, 1, 50, dtype=torch.float64, requires_grad=True)
+    sigma, dsigma = noise(t)
+    torch.testing.assert_close(torch.autograd.grad(sigma.sum(), t)[0], dsigma)
+
+
+def test_schedules_at_their_ends():
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(1 - torch.exp(-LogLinearNoise(1e-3)(ends)[0]), ends * (1 - 1e-3))
+    torch.testing.assert_close(GeometricNoise(1e-4, 20.0)(ends)[0], torch.tensor([1e-4, 20.0], dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------- graph
+
+
+def test_rate_matrices_are_the_papers():
+    """Both, written out for three states; rows are y, columns are x."""
+    third = 1 / 3
+    uniform = [[third - 1, third, third], [third, third - 1, third], [third, third, third - 1]]
+    absorb = [[-1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [1.0, 1.0, 0.0]]
+    torch.testing.assert_close(Uniform(3).rate_matrix(), torch.tensor(uniform, dtype=torch.float64))
+    torch.testing.assert_close(Absorbing(2).rate_matrix(), torch.tensor(absorb, dtype=torch.float64))
+
+
+@both_graphs
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 3.0])
+def test_sample_transition_draws_from_the_matrix_exponential(graph, sigma):
+    """Pearson's chi-square on 200,000 draws from each token; false alarm 1e-6 per case."""
+    from scipy.stats import chi2
+
+    n, g = 200_000, torch.Generator().manual_seed(1)
+    for token in range(2):
+        x = graph.sample_transition(torch.full((1, n), token), torch.tensor([sigma]), g)
+        expected = n * dense_transition(graph, sigma)[:, token]
+        counts = torch.bincount(x.flatten(), minlength=graph.num_states)
+        assert counts[expected < 1e-9].sum() == 0
+        cells = expected > 1e-9
+        statistic = ((counts - expected) ** 2 / expected)[cells].sum()
+        assert statistic < chi2.isf(1e-6, int(cells.sum()) - 1)
+
+
+@both_graphs
+def test_reverse_rate_is_the_rate_matrix_times_the_score(graph):
+    _, _, x, log_score = random_case(graph)
+    score, Q = log_score.exp(), graph.rate_matrix()
+    expected = Q[x] * score  # Q[x_i, y] is the forward rate from y to x_i
+    expected = expected - F.one_hot(x, graph.num_states) * expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(graph.reverse_rate(score, x), expected)
+    torch.testing.assert_close(graph.reverse_rate(score, x).sum(-1), torch.zeros(x.shape, dtype=torch.float64))
+
+
+@both_graphs
+def test_tweedie_probs_are_matrix_exponentials(graph):
+    """exp(-dsigma Q) score, times row x of exp(dsigma Q), normalised, wherever that is a distribution."""
+    _, _, x, log_score = random_case(graph, B=40)
+    score, dsigma = log_score.exp(), torch.linspace(0.001, 0.3, 40, dtype=torch.float64)
+    if graph.mask_id is not None:  # from a visible token a score of the true chain is never asked for
+        score = score * 0.1
+        score = score.scatter(-1, x[..., None], 1.0)
+    before = torch.einsum("bij,blj->bli", dense_transition(graph, -dsigma), score)
+    arrive = dense_transition(graph, dsigma)[torch.arange(40)[:, None], x]
+    expected = before * arrive
+    proper = (expected >= 0).all(-1)
+    assert proper.float().mean() > 0.3
+    probs = graph.tweedie_probs(score, dsigma, x)
+    torch.testing.assert_close(probs[proper], (expected / expected.sum(-1, keepdim=True))[proper])
+    assert (probs >= 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(x.shape, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------------------- score entropy
+
+
+def plain_score_entropy(graph, log_score, sigma, x, x0):
+    """The definition, term by term: sum over y != x of Q[x, y] (s_y - r_y log s_y + K(r_y))."""
+    p, Q = dense_transition(graph, sigma), graph.rate_matrix()
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            here, clean = x[b, i], x0[b, i]
+            for y in range(graph.num_states):
+                rate = Q[here, y]
+                if y != here and rate > 0:
+                    r, s = p[b, y, clean] / p[b, here, clean], log_score[b, i, y].exp()
+                    K = r * (r.log() - 1) if r > 0 else 0.0
+                    result[b, i] += rate * (s - (r * s.log() if r > 0 else 0.0) + K)
+    return result
+
+
+@both_graphs
+def test_score_entropy_is_the_plain_sum_of_its_definition(graph):
+    x0, sigma, x, log_score = random_case(graph)
+    expected = plain_score_entropy(graph, log_score, sigma, x, x0)
+    assert expected.count_nonzero() > 5
+    torch.testing.assert_close(graph.score_entropy(log_score, sigma, x, x0), expected)
+
+
+@both_graphs
+def test_score_entropy_is_zero_at_the_true_ratio_and_positive_elsewhere(graph):
+    x0, sigma, x, noise = random_case(graph, B=50)
+    p = dense_transition(graph, sigma)[torch.arange(50)[:, None], :, x0]
+    ratio = p / p.gather(-1, x[..., None])
+    assert graph.score_entropy(ratio.log(), sigma, x, x0).abs().max() < 1e-9
+    other = graph.score_entropy(ratio.clamp(min=1e-9).log() + 0.1 * noise, sigma, x, x0)
+    assert (other[graph.can_change(x)] > 0).all() and (other >= 0).all()
+
+
+def test_worked_example():
+    """A masked token at r = 0.5 (sigma = log 3, one token): s - 0.5 log s + K(0.5), K(0.5) = -0.8466."""
+    graph = Absorbing(1)
+    entropy = graph.score_entropy(
+        torch.tensor([[[0.0, 0.0]]]), torch.tensor([3.0]).log(), torch.tensor([[1]]), torch.tensor([[0]])
+    )
+    assert entropy.item() == pytest.approx(1 - 0.8466, abs=1e-4)  # at s = 1, log s = 0
+
+
+@both_graphs
+def test_score_entropy_is_infinite_where_the_score_vanishes(graph):
+    x0, sigma, x, log_score = random_case(graph, B=30)
+    values = [graph.score_entropy(log_score - F.one_hot(x0, graph.num_states).double() * c, sigma, x, x0) for c in (10, 1e300)]
+    lost = graph.can_change(x) & (x != x0)
+    assert (values[1][lost] > 1e290).all() and (values[0][lost] < 1e3).all()
+
+
+# ----------------------------------------------------------------------------------------- the transformer
+
+
+def random_model(name, dtype=torch.float32, vocab_size=11, seed=0):
+    """A small model all of whose parameters are random: at initialisation many of them are zero."""
+    torch.manual_seed(seed)
+    model = SEDD(SEDDConfig(vocab_size, 16, 2, 4, 32, 16, dropout=0.0, graph=name)).to(dtype)
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    return model
+
+
+def both_paths(model, x0, sigma, x, dtype=torch.float32):
+    """The score entropy and its gradients by model(x, sigma, x0) and by the full log score."""
+    weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(5))
+    results = []
+    for plain in (False, True):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = model.graph.score_entropy(model(x, sigma), sigma, x, x0) if plain else model(x, sigma, x0)
+        results.append((value, torch.autograd.grad((weight * value).sum(), list(model.parameters()))))
+    return results
+
+
+def close(a, b, tolerance):
+    """|a - b| within `tolerance`, relative to the largest entry of b."""
+    return (a - b).abs().max() <= tolerance * b.abs().max() + 1e-12
+
+
+@both_names
+@pytest.mark.parametrize("masks", ["some", "none", "all"])
+@pytest.mark.parametrize("elements", [2**23, 7 * 40, 40, 1])  # one chunk; chunks that do not divide; one column
+def test_training_path_equals_the_plain_path(name, masks, elements, monkeypatch):
+    monkeypatch.setattr(sedd.VocabularySums, "ELEMENTS", elements)
+    model = random_model(name)
+    g = torch.Generator().manual_seed(2)
+    x0, sigma = torch.randint(11, (4, 16), generator=g), torch.tensor([0.1, 0.5, 1.0, 3.0])
+    x = {"some": model.graph.sample_transition(x0, sigma, g), "none": x0,
+         "all": torch.full_like(x0, model.graph.num_states - 1)}[masks]  # fmt: skip
+    (fast, fast_grads), (plain, plain_grads) = both_paths(model, x0, sigma, x)
+    assert fast.shape == x.shape and fast.dtype == torch.float32
+    assert close(fast, plain, 1e-5)
+    assert masks == "none" or plain.abs().max() > 0.01
+    for (parameter, _), a, b in zip(model.named_parameters(), fast_grads, plain_grads):
+        assert close(a, b, 1e-5), parameter
+
+
+@both_names
+def test_training_path_equals_the_plain_path_in_bfloat16(name):
+    model = random_model(name)
+    g = torch.Generator().manual_seed(2)
+    x0, sigma = torch.randint(11, (8, 16), generator=g), torch.linspace(0.1, 3, 8)
+    x = model.graph.sample_transition(x0, sigma, g)
+    (fast, fast_grads), (plain, plain_grads) = both_paths(model, x0, sigma, x, torch.bfloat16)
+    assert close(fast, plain, 2e-2)
+    for (parameter, _), a, b in zip(model.named_parameters(), fast_grads, plain_grads):
+        assert close(a, b, 2e-2), parameter
+
+
+@both_names
+def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name):
+    """No operation, forward or backward, makes a tensor of as many entries as (B, L, S)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    S = 40_000
+    model = random_model(name, vocab_size=S)
+    x0, sigma = torch.randint(S, (16, 64)), torch.full((16,), 1.0)
+    with Largest() as seen:
+        model(model.graph.sample_transition(x0, sigma), sigma, x0).sum().backward()
+    assert seen.size <= sedd.VocabularySums.ELEMENTS + 16 * 64 < x0.numel() * S / 2
+
+
+@both_names
+def test_scores_of_some_rows_are_rows_of_the_scores(name):
+    model = random_model(name)
+    x, sigma = torch.randint(11, (4, 16)), torch.rand(4)
+    rows = torch.rand(4, 16) < 0.3
+    torch.testing.assert_close(model(x, sigma, rows=rows), model(x, sigma)[rows])
+
+
+@both_names
+def test_attention_runs_in_the_compute_dtype(name, monkeypatch):
+    seen = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: (seen.extend(t.dtype for t in qkv), attention(*qkv))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        log_score = random_model(name)(torch.randint(11, (2, 16)), torch.rand(2))
+    assert set(seen) == {torch.bfloat16} and log_score.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------- the authors' code, on their format
+
+DATA = Path(__file__).parent / "data"
+
+
+@both_names
+def test_log_score_is_the_published_codes(name):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    weights = load_file(DATA / name / "model.safetensors")
+    weights["vocab_embed.weight"] = weights.pop("vocab_embed.embedding")
+    torch.testing.assert_close(weights.pop("rotary_emb.inv_freq"), random_model(name).inv_freq)
+    io = torch.load(DATA / name / "io.pt", weights_only=True)
+    model = random_model(name).eval()
+    model.load_state_dict(weights)
+    assert (model(io["x"], io["sigma"]) - io["log_score"]).abs().max() < 2e-4
+
+
+@both_names
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+def test_loss_rates_and_tweedie_are_the_published_codes(name, schedule):
+    """To 1e-4 relative: the published numbers were computed in float32."""
+    case = torch.load(DATA / "graph.pt", weights_only=True)[f"{name}.{schedule}"]
+    graph, score = sedd.GRAPHS[name](11), case["log_score"].exp()
+    sigma, dsigma = sedd.NOISES[schedule]()(case["t"])
+    assert close(sigma, case["sigma"], 1e-4) and close(dsigma, case["dsigma"], 1e-4)
+    assert close(graph.score_entropy(case["log_score"], sigma, case["x"], case["x0"]), case["score_entropy"], 1e-4)
+    oracle = lambda x, sigma, x0: graph.score_entropy(case["log_score"], sigma, x, x0)
+    loss = diffusion_loss(oracle, graph, sedd.NOISES[schedule](), case["x0"], case["t"], case["x"])
+    assert close(loss, case["loss"], 1e-4)
+    assert close(graph.reverse_rate(score, case["x"]), case["reverse_rate"], 1e-4)
+    tweedie = case["tweedie_unnormalised"].clamp(min=0)
+    tweedie = tweedie / tweedie.sum(-1, keepdim=True)
+    assert close(graph.tweedie_probs(score, case["tweedie_dsigma"], case["x"]), tweedie, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ samplers
+
+
+@both_names
+@pytest.mark.parametrize("sampler", ["euler", "tweedie"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_samples_are_clean_and_keep_the_prompt(name, sampler, steps):
+    model = random_model(name).eval()
+    prompt = torch.full((32, 16), -1)
+    prompt[:, [0, 3, 15]] = torch.randint(11, (32, 3))
+    seen = []
+    x = sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt,
+               callback=lambda step, x: seen.append((step, x.clone())))  # fmt: skip
+    assert x.shape == prompt.shape and x.min() >= 0 and x.max() < 11
+    assert [step for step, _ in seen] == list(range(steps + 1))
+    for _, state in seen:
+        assert (state == prompt)[prompt >= 0].all()
+
+
+@both_names
+def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
+    model = random_model(name).eval()
+    draws = []
+    for callable_model in (model, lambda x, sigma: model(x, sigma)):
+        torch.manual_seed(3)
+        draws.append(sample(callable_model, model.graph, model.noise, (4, 16), 5))
+    assert draws[0].equal(draws[1])
+
+
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((2, 9), 1)),
+                                   dict(prompt=torch.full((2, 16), 11))])  # fmt: skip
+def test_sample_refuses_what_it_cannot_do(wrong):
+    model = random_model("absorb")
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        sample(model, model.graph, model.noise, (2, 16), **{"steps": 2, **wrong})
+
+
+@both_names
+def test_a_tiny_model_memorises_a_sentence_and_both_samplers_write_it(name):
+    sentence = "the score is a ratio of two marginals"
+    chars = sorted(set(sentence))
+    x0 = torch.tensor([[chars.index(c) for c in sentence]])
+    torch.manual_seed(0)
+    model = SEDD(SEDDConfig(len(chars), x0.shape[1], 2, 2, 64, 32, dropout=0.0, graph=name))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(250):
+        diffusion_loss(model, model.graph, model.noise, x0.expand(16, -1)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+    model.eval()
+    for sampler in ("euler", "tweedie"):
+        written = sample(model, model.graph, model.noise, (8, x0.shape[1]), 64, sampler)
+        texts = ["".join(chars[i] for i in row) for row in written.tolist()]
+        assert texts.count(sentence) >= 7, texts
