@@ -39,19 +39,19 @@ def build_prompt(o, tokenizer, block_size):
                 fail("--infill gives the whole text: it goes without --prefix, --suffix and --length")
             pieces = re.split(r"\{(\d+)\}", o.infill)  # kept, number, kept, number, ..., kept
             prompt = []
-            for i, piece in enumerate(pieces):
-                prompt += tokenizer.encode(piece) if i % 2 == 0 else [-1] * min(int(piece), 10**9 // 8)
+            for i, piece in enumerate(pieces):  # one token too many is refused below, before billions fill the memory
+                prompt += tokenizer.encode(piece) if i % 2 == 0 else [-1] * min(int(piece), block_size + 1)
         else:
             prefix, suffix = tokenizer.encode(o.prefix), tokenizer.encode(o.suffix)
             length = o.length or block_size
             if len(prefix) + len(suffix) > length:
                 fail(f"the prompt has {len(prefix) + len(suffix)} tokens, more than the length {length}: "
                      "shorten it or raise --length")  # fmt: skip
-            prompt = prefix + [-1] * (length - len(prefix) - len(suffix)) + suffix
+            prompt = prefix + [-1] * min(length - len(prefix) - len(suffix), block_size + 1) + suffix
     except ValueError as error:
         fail(str(error))
     if len(prompt) > block_size:
-        fail(f"the text would have {len(prompt)} tokens; this model was trained on {block_size}: ask for fewer")
+        fail(f"the text would have more tokens than the {block_size} that this model was trained on: ask for fewer")
     if -1 not in prompt:
         fail("the prompt leaves nothing to generate: mark the gaps, as in --infill 'A {20} is used to {30}.'")
     return prompt
@@ -62,6 +62,8 @@ def main():
     for name, least in ("steps", 1), ("num_samples", 1), ("length", 0):
         if getattr(o, name) < least:
             fail(f"{name}={getattr(o, name)} must be at least {least}")
+    if not 0 <= o.seed < 2**63:
+        fail(f"seed={o.seed} must be at least 0 and below 2**63")
     checkpoint = load_checkpoint(f"{o.out_dir}/ckpt.pt")
     device = find_device(o.device)
     model = sedd.SEDD(sedd.SEDDConfig(**checkpoint["config"]))
@@ -82,6 +84,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that the model knows
     try:
         main()
     except BrokenPipeError:  # the reader of our output has seen enough, as head has

@@ -29,9 +29,9 @@ def convert(name, kind, value):
     """`value`, a string from the command line or an object from a config file, as the option's type."""
     choices = typing.get_args(kind)
     if choices:
-        if value not in choices:
+        if str(value) not in choices:  # a config file may say compile = False
             fail(f"{name} is one of {', '.join(choices)}, not {value!r}")
-        return value
+        return str(value)
     if kind is bool and str(value).lower() in ("true", "1", "false", "0"):
         return str(value).lower() in ("true", "1")
     if isinstance(value, str) or (kind is float and type(value) is int):

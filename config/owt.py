@@ -7,6 +7,7 @@ n_layer, n_head, n_embd = 12, 12, 768
 block_size = 1024
 dropout = 0.1
 
+times = "uniform"
 batch_size = 512  # over all processes: 8 GPUs take 64 sequences each, in 2 micro-batches
 micro_batch_size = 32
 max_steps = 1_300_000

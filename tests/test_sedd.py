@@ -331,18 +331,21 @@ def test_sample_refuses_what_it_cannot_do(wrong):
 
 @both_names
 def test_a_tiny_model_memorises_a_sentence_and_both_samplers_write_it(name):
-    sentence = "the score is a ratio of two marginals"
-    chars = sorted(set(sentence))
-    x0 = torch.tensor([[chars.index(c) for c in sentence]])
+    """The sentence runs around a circle, cut anywhere: with relative positions alone, no MASK knows where it is."""
+    sentence = "Judge vows."
+    chars, n = sorted(set(sentence)), len(sentence)
+    circle = torch.tensor([chars.index(c) for c in sentence])
+    turns = circle[(torch.arange(n)[:, None] + torch.arange(n)) % n]  # (n, n), every rotation
     torch.manual_seed(0)
-    model = SEDD(SEDDConfig(len(chars), x0.shape[1], 2, 2, 64, 32, dropout=0.0, graph=name))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(250):
-        diffusion_loss(model, model.graph, model.noise, x0.expand(16, -1)).mean().backward()
+    model = SEDD(SEDDConfig(len(chars), n, 2, 2, 64, 32, dropout=0.0, graph=name))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 900)
+    for _ in range(900):
+        diffusion_loss(model, model.graph, model.noise, turns.repeat(3, 1)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step(), optimizer.zero_grad(), decay.step()
     model.eval()
     for sampler in ("euler", "tweedie"):
-        written = sample(model, model.graph, model.noise, (8, x0.shape[1]), 64, sampler)
+        written = sample(model, model.graph, model.noise, (32, n), 64, sampler)
         texts = ["".join(chars[i] for i in row) for row in written.tolist()]
-        assert texts.count(sentence) >= 7, texts
+        assert sum(text in 2 * sentence for text in texts) >= 24, texts
