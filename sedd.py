@@ -350,24 +350,31 @@ class VocabularySums(torch.autograd.Function):
 
     @staticmethod
     def chunks(h, W, b, x, x0):
-        """Slice, logits and, for x and for x0: (R, 1) its column in this slice and whether it is there."""
+        """For each slice of the vocabulary: the slice, its logits, and where x and x0 lie in it (see `place`)."""
         n = max(1, VocabularySums.ELEMENTS // max(1, len(h)))
+
+        def place(y, start, width):
+            """The column of y (R,) in the slice, brought inside, and whether it is really there: each (R, 1)."""
+            column = y[:, None] - start
+            inside = (column >= 0) & (column < width)
+            return column.clamp(0, width - 1), inside
+
         for start in range(0, len(W), n):
             s = slice(start, start + n)
             z = F.linear(h, W[s], b[s]).float()
-            columns = [(y[:, None] - start).clamp(0, z.shape[1] - 1) for y in (x, x0)]
-            inside = [column + start == y[:, None] for column, y in zip(columns, (x, x0))]
-            yield s, z, *columns, *inside
+            yield s, z, *place(x, start, z.shape[1]), *place(x0, start, z.shape[1])
 
     @staticmethod
     def forward(ctx, h, W, b, x, x0):
         ctx.save_for_backward(h, W, b, x, x0)
         total, log_total, log_at_x0 = h.new_zeros(3, len(h), 1, dtype=torch.float32)
-        for _, z, at_x, at_x0, has_x, has_x0 in VocabularySums.chunks(h, W, b, x, x0):
-            z_x, z_x0 = z.gather(1, at_x), z.gather(1, at_x0)
-            log_total += z.sum(1, keepdim=True) - z_x * has_x
-            log_at_x0 += z_x0 * (has_x0 & (x != x0)[:, None])
-            total += z.exp_().scatter_(1, at_x, 0.0 * has_x + z.gather(1, at_x) * ~has_x).sum(1, keepdim=True)
+        moved = (x != x0)[:, None]
+        for _, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0):
+            log_total += z.sum(1, keepdim=True) - z.gather(1, x_column) * x_here
+            log_at_x0 += z.gather(1, x0_column) * (x0_here & moved)
+            e = z.exp_()
+            e.scatter_(1, x_column, e.gather(1, x_column) * ~x_here)
+            total += e.sum(1, keepdim=True)
         return total[:, 0], log_total[:, 0], log_at_x0[:, 0]
 
     @staticmethod
@@ -375,10 +382,10 @@ class VocabularySums(torch.autograd.Function):
         h, W, b, x, x0 = ctx.saved_tensors
         g_total, g_log_total, g_log_at_x0 = g_total[:, None], g_log_total[:, None], g_log_at_x0[:, None]
         dh, dW, db = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(W), torch.empty_like(b)
-        for s, z, at_x, at_x0, has_x, has_x0 in VocabularySums.chunks(h, W, b, x, x0):
+        for s, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0):
             dz = z.exp_().mul_(g_total).add_(g_log_total)
-            dz.scatter_add_(1, at_x0, g_log_at_x0 * has_x0)
-            dz.scatter_(1, at_x, dz.gather(1, at_x) * ~has_x)
+            dz.scatter_add_(1, x0_column, g_log_at_x0 * x0_here)
+            dz.scatter_(1, x_column, dz.gather(1, x_column) * ~x_here)
             db[s] = dz.sum(0)
             dz = dz.to(W.dtype)
             dW[s] = dz.T @ h
