@@ -52,8 +52,9 @@ class Tokenizer:
         try:
             return [self.index[c] for c in text]
         except KeyError as missing:
+            known, more = "".join(self.chars[:200]), "..." * (len(self.chars) > 200)
             raise ValueError(f"the vocabulary has no character {missing.args[0]!r} ({len(self.chars)} characters: "
-                             f"{''.join(self.chars)!r})") from None  # fmt: skip
+                             f"{known!r}{more})") from None  # fmt: skip
 
 
 def pydocs():
@@ -89,7 +90,11 @@ def read_text(path):
 
 
 def write(folder, splits, meta):
-    """Write splits, a dict from name to tokens, and meta into `folder`: all of it, or nothing."""
+    """Write splits, a dict from name to tokens, and meta into `folder`: all of it, or nothing.
+
+    Other files there, such as the text itself, stay. The folder is without meta.json, and so not a data set,
+    while the finished files move in.
+    """
     dtype = "<u2" if meta["vocab_size"] <= 65535 else "<u4"
     meta |= {"dtype": dtype, "sizes": {name: len(tokens) for name, tokens in splits.items()}}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +103,10 @@ def write(folder, splits, meta):
         for name, tokens in splits.items():
             np.asarray(tokens, dtype).tofile(scratch / f"{name}.bin")
         (scratch / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-        scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        folder.mkdir(exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        for name in *(f"{name}.bin" for name in splits), "meta.json":
+            os.replace(scratch / name, folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -125,9 +130,14 @@ def main():
     else:
         meta |= {"vocab_size": 50257}
     tokens = Tokenizer(meta).encode(text)
+    if len(tokens) < 20:
+        fail(f"{source} has {len(tokens)} tokens: it takes 20 to leave some for validation and test")
     a, b = int(0.9 * len(tokens)), int(0.95 * len(tokens))
     folder = Path(o.data_dir) / o.name
-    write(folder, {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}, meta)
+    try:
+        write(folder, {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}, meta)
+    except OSError as error:
+        fail(f"cannot write {folder}: {error.strerror or error}")
     sizes = ", ".join(f"{name} {size:,}" for name, size in meta["sizes"].items())
     print(f"{folder}: {sizes} tokens of {meta['vocab_size']:,} kinds, from {source}")
 

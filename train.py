@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -47,7 +48,7 @@ class Options:
     warmup_steps: int = 100  # steps of linear growth from 0
     decay_lr: bool = True  # fall along a cosine to 0 at max_steps, else stay constant
     weight_decay: float = 0.0  # of AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     ema: float = 0.999  # decay of the averaged weights, which are evaluated and sampled
     seed: int = 1337  # of the weights, batches, times, noise and dropout
     # evaluation and checkpoints
@@ -111,7 +112,7 @@ def load_checkpoint(path):
 
 def save_checkpoint(path, checkpoint):
     """Write to a temporary name and rename: whenever the machine stops, `path` is a whole checkpoint."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.partial")
     torch.save(checkpoint, scratch)
     os.replace(scratch, path)
 
@@ -127,13 +128,14 @@ class Data:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.splits = {s: np.memmap(self.folder / f"{s}.bin", self.meta["dtype"], "r") for s in ("train", "val")}
-        except (OSError, ValueError, KeyError) as error:
+            self.meta["vocab_size"], self.meta["tokenizer"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             there = isinstance(error, FileNotFoundError) and "is not prepared" or f"is not readable ({error})"
             fail(f"the data set {self.folder} {there}: python prepare.py {o.dataset}")
         for name, tokens in self.splits.items():
             if len(tokens) < o.block_size:
                 fail(f"{self.folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
-                     f"try --block_size={max(1, len(tokens) // 2)}, or a longer text")  # fmt: skip
+                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")  # fmt: skip
 
     def batch(self, o, step, indices, model):
         """x0 (n, L), times t (n,) and noised x (n, L) of the sequences `indices` of the global batch of a step.
@@ -189,7 +191,7 @@ def evaluate(model, x0, num_times, seed, rank, world, device, dtype):
         bounds = bounds.to(device)
         dist.all_reduce(bounds)
     bounds = bounds.cpu() / x0.shape[1]
-    return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item()
+    return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
 def describe(bound, error, meta):
@@ -222,15 +224,21 @@ def train(o, explicit):
     elif o.init_from != "scratch":
         fail(f"init_from={o.init_from!r} is none of scratch, resume")
 
+    for name, least in {
+        "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "cond_dim": 1, "max_steps": 1, "eval_interval": 1,
+        "eval_sequences": 1, "eval_times": 1, "save_interval": 1, "log_interval": 1, "micro_batch_size": 0,
+        "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
+    }.items():  # fmt: skip
+        if not least <= getattr(o, name) < math.inf:  # nan is in no order with anything
+            fail(f"{name}={getattr(o, name)} must be at least {least}")
+    for name in "dropout", "ema":
+        if not 0 <= getattr(o, name) < 1:
+            fail(f"{name}={getattr(o, name)} must be at least 0 and below 1")
     share, left = divmod(o.batch_size, world)
     micro = o.micro_batch_size or share
     if o.batch_size < 1 or left or micro < 1 or share % micro:
         fail(f"batch_size={o.batch_size} cannot be shared by {world} processes in micro-batches of {micro or 1}: "
              f"try --batch_size={max(1, round(o.batch_size / (world * max(1, micro)))) * world * max(1, micro)}")  # fmt: skip
-    for name in ("block_size", "n_layer", "cond_dim", "eval_interval", "eval_sequences", "eval_times",
-                 "save_interval", "log_interval"):  # fmt: skip
-        if getattr(o, name) < 1:
-            fail(f"{name}={getattr(o, name)} must be at least 1")
 
     device = find_device(o.device if world == 1 or o.device != "auto" or not torch.cuda.is_available()
                          else f"cuda:{local_rank}")  # fmt: skip
@@ -244,6 +252,11 @@ def train(o, explicit):
                             o.dropout, o.graph, o.noise)  # fmt: skip
     except ValueError as error:
         fail(str(error))
+    if main and not o.eval_only:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
@@ -279,10 +292,10 @@ def train(o, explicit):
         n = sum(p.numel() for p in model.parameters())
         print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}; "
               f"{o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
         before = []
         if resumed and (out / "log.jsonl").is_file():
-            before = [line for line in (out / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+            lines = (out / "log.jsonl").read_text().splitlines()
+            before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
         elif (out / "ckpt.pt").is_file():
             os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
             print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
@@ -307,7 +320,8 @@ def train(o, explicit):
                     loss = diffusion_loss(trained, model.graph, model.noise, x0, t, x).mean()
                 (loss * (micro / share / o.block_size)).backward()
             losses.append(loss.detach() / o.block_size)
-        torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
+        if o.grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # a young average forgets faster, or it would remember the random start
@@ -346,6 +360,7 @@ def train(o, explicit):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # no run shall end because a terminal lacks the sign for "at most"
     explicit = parse(Options)
     try:
         train(Options(**explicit), explicit)

@@ -1,0 +1,674 @@
+"""The scripts from end to end, as a user meets them: tiny models, real files, real processes, clumsy input."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config  # noqa: E402
+import prepare  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+
+SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "cond_dim": 16, "block_size": 32, "batch_size": 4,
+         "eval_sequences": 4, "eval_times": 2, "device": "cpu"}  # fmt: skip
+TINY = [f"--{name}={value}" for name, value in SIZES.items()]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+L = SIZES["block_size"]
+
+
+def run(script, *args, cwd, launcher=(), **env):
+    """The script in a process of its own, started in cwd."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    return CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def call(script, *args, cwd):
+    """The same without the seconds that a new process takes: the script as __main__ of this one."""
+    before, code = os.getcwd(), 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(2))
+    os.chdir(cwd)
+    try:
+        with mock.patch.object(sys, "argv", [script, *map(str, args)]):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os.chdir(before)
+    return CompletedProcess(args, code or 0, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def works(done):
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def complains(done, script, *words):
+    """Exit status 2 and one line on stderr that holds all the words."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"{script}: error: ") and done.stderr.endswith("\n")
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def read_log(out):
+    """The records of log.jsonl, which must be strict JSON: no NaN."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def read_data(folder):
+    """meta and the splits, with the file format spelled out."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return meta, {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in ("train", "val", "test")}
+
+
+def text_of(folder):
+    meta, splits = read_data(folder)
+    return prepare.Tokenizer(meta).decode(np.concatenate(list(splits.values())).tolist())
+
+
+def assert_same(a, b, at=""):
+    """Nested dicts and lists of tensors, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            assert_same(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), at
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{at}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), at
+    else:
+        assert a == b, at
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order, here as in the subprocesses."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory):
+    """A folder where a user has prepared the default data set and trained on it, and what the scripts said."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SIZES.items()) + "max_steps = 3\n")
+    prepared = works(run("prepare.py", cwd=home))
+    trained = works(run("train.py", "tiny.py", "--max_steps=20", "--log_interval", "5", "--eval_interval=10", cwd=home))
+    return home, prepared, trained
+
+
+@pytest.fixture(scope="module")
+def home(beginning):
+    return beginning[0]
+
+
+@pytest.fixture
+def desk(home, tmp_path):
+    """A copy of home to make a mess in, with files of the wrong kind lying around."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    for name, content in {
+        "empty.txt": b"", "blank.txt": b" \n\n", "latin1.txt": b"caf\xe9 " * 100, "ten.txt": b"0123456789",
+        "broken.py": b"n_layer = = 2\n", "crash.py": b"n_layer = 1 / 0\n", "misspelt.py": b"n_layers = 2\n",
+        "mistyped.py": b"n_layer = 'two'\n", "noise/ckpt.pt": random.Random(0).randbytes(999), "nothing/ckpt.pt": b"",
+        "cut/ckpt.pt": (home / "out/ckpt.pt").read_bytes()[:-5000],
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "other").mkdir()
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "other/ckpt.pt")
+    (tmp_path / "short.txt").write_text("too short for a block " * 5)
+    (tmp_path / "digits.txt").write_text("0123456789" * 100)
+    for name in "short", "digits":
+        works(call("prepare.py", name, f"--input={name}.txt", cwd=tmp_path))
+    for name, change in {"keyless": {"vocab_size": None}, "listed": None, "odd": {"dtype": "x9"}}.items():
+        shutil.copytree(tmp_path / "data/pydocs", tmp_path / "data" / name)
+        meta = json.loads((tmp_path / "data/pydocs/meta.json").read_text()) | (change or {})
+        meta = {k: v for k, v in meta.items() if v is not None} if change else []
+        (tmp_path / "data" / name / "meta.json").write_text(json.dumps(meta))
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------- prepare, train, sample
+
+
+def test_from_nothing_to_text(beginning):
+    home, prepared, trained = beginning
+    assert "data/pydocs" in prepared.stdout and prepared.stderr == ""
+    assert "python sample.py --out_dir=out" in trained.stdout
+    assert "step" in trained.stderr and "perplexity" in trained.stdout
+
+    sampled = works(run("sample.py", "--steps", 8, cwd=home))
+    vocab = json.loads((home / "data/pydocs/meta.json").read_text())["vocab"]
+    assert sampled.stdout.endswith("\n") and len(sampled.stdout) == L + 1
+    assert set(sampled.stdout[:-1]) <= set(vocab)
+    assert "8/8" in sampled.stderr and sampled.stdout[:-1] not in sampled.stderr
+
+
+def test_log_has_a_line_for_each_interval(home):
+    log = read_log(home / "out")
+    assert [record["step"] for record in log] == [5, 10, 15, 20]
+    assert all(record["tokens_per_s"] > 0 and record["loss"] > 0 and record["lr"] >= 0 for record in log)
+    assert ["val_bound" in record for record in log] == [False, True, False, True]
+    characters = json.loads((home / "data/pydocs/meta.json").read_text())["vocab_size"]
+    assert 1 < log[-1]["val_bound"] < 2 * np.log(characters)
+    assert log[-1]["val_bound"] < log[1]["val_bound"]
+
+
+def test_checkpoint_holds_the_options_by_rank_of_their_source(home):
+    options = torch.load(home / "out/ckpt.pt", weights_only=True)["options"]
+    assert options["max_steps"] == 20  # the command line over the config file
+    assert options["n_embd"] == SIZES["n_embd"]  # the config file over the default
+    assert options["grad_clip"] == train.Options.grad_clip
+
+
+def test_second_training_keeps_the_first_checkpoint(home, tmp_path):
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    works(call("train.py", "tiny.py", "--max_steps=1", cwd=tmp_path))
+    assert (tmp_path / "out/ckpt.old.pt").read_bytes() == (home / "out/ckpt.pt").read_bytes()
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 1
+
+
+def test_eval_only_prints_the_bound_of_the_checkpoint_and_writes_nothing(home):
+    before = files(home)
+    done = works(call("train.py", "--init_from=resume", "--eval_only", cwd=home))
+    assert f"step 20: bound {read_log(home / 'out')[-1]['val_bound']:.4f}" in done.stdout
+    assert files(home) == before
+
+
+def test_one_validation_sequence_is_enough(home, recwarn):
+    works(call("train.py", *TINY, "--eval_sequences=1", "--max_steps=1", "--out_dir=single", cwd=home))
+    assert read_log(home / "single")[-1]["val_bound"] > 0
+    assert not [w for w in recwarn if "degrees of freedom" in str(w.message)]
+
+
+def test_grad_clip_0_means_no_clipping(home):
+    for clip in "0", "1e9":
+        works(call("train.py", *TINY, f"--grad_clip={clip}", "--max_steps=3", f"--out_dir=clip{clip}", cwd=home))
+    a, b = (torch.load(home / f"clip{clip}/ckpt.pt", weights_only=True)["model"] for clip in ("0", "1e9"))
+    assert_same(a, b)
+
+
+def test_a_terminal_without_unicode_stops_nothing(home):
+    works(run("train.py", *TINY, "--max_steps=1", "--out_dir=ascii", cwd=home, PYTHONIOENCODING="ascii"))
+    sampled = works(run("sample.py", "--steps=1", "--prefix=“—", "--length=9", cwd=home, PYTHONIOENCODING="ascii"))
+    assert sampled.stdout[:2] == "??" and len(sampled.stdout) == 10
+
+
+# ------------------------------------------------------------------------------------------------------- prepare
+
+
+def test_pydocs_files_are_little_endian_uint16_in_the_sizes_of_meta(home):
+    folder = home / "data/pydocs"
+    meta, splits = read_data(folder)
+    assert meta["dtype"] == "<u2" and meta["vocab_size"] == len(meta["vocab"])
+    assert meta["sizes"] == {s: (folder / f"{s}.bin").stat().st_size // 2 for s in splits}
+    first = (folder / "train.bin").read_bytes()[:2]
+    assert meta["vocab"][first[0] + 256 * first[1]] == prepare.pydocs()[0]
+    n = sum(meta["sizes"].values())
+    for split, share in ("train", 0.9), ("val", 0.05), ("test", 0.05):
+        assert meta["sizes"][split] == pytest.approx(share * n, abs=1)
+
+
+def test_pydocs_decodes_to_the_text(home):
+    assert text_of(home / "data/pydocs") == prepare.pydocs()
+
+
+def test_one_text_under_two_names_is_the_same_data(tmp_path):
+    text = "Größe, naïve,\r\n\ttabs — and 日本語 \x07 🙂\n" * 50
+    (tmp_path / "any file.txt").write_bytes(text.encode())
+    for name in "first", "second":
+        works(call("prepare.py", name, "--input", "any file.txt", cwd=tmp_path))
+    assert files(tmp_path / "data/first") == files(tmp_path / "data/second")
+    assert text_of(tmp_path / "data/second") == text
+
+
+def test_more_characters_than_uint16_holds(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x10000 + 65_536)))
+    (tmp_path / "many.txt").write_bytes(text.encode())
+    works(call("prepare.py", "many", "--input=many.txt", cwd=tmp_path))
+    meta, splits = read_data(tmp_path / "data/many")
+    assert meta["dtype"] == "<u4" and meta["vocab_size"] == 65_536
+    assert (tmp_path / "data/many/val.bin").stat().st_size == 4 * len(splits["val"])
+    assert text_of(tmp_path / "data/many") == text
+
+
+def test_a_new_text_replaces_the_data_and_nothing_else_in_the_folder(tmp_path):
+    (tmp_path / "data/mine").mkdir(parents=True)
+    (tmp_path / "data/mine/input.txt").write_text("first " * 50)
+    works(call("prepare.py", "mine", "--input=data/mine/input.txt", cwd=tmp_path))
+    (tmp_path / "data/mine/input.txt").write_text("second " * 50)
+    works(call("prepare.py", "mine", "--input=data/mine/input.txt", cwd=tmp_path))
+    assert text_of(tmp_path / "data/mine") == "second " * 50 == (tmp_path / "data/mine/input.txt").read_text()
+    assert sorted(p.name for p in (tmp_path / "data").rglob("*")) == [
+        "input.txt", "meta.json", "mine", "test.bin", "train.bin", "val.bin"]  # fmt: skip
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", [FULL, KeyboardInterrupt()], ids=["full", "stopped"])
+@pytest.mark.parametrize("where", ["val.bin", "meta.json"])
+def test_interrupted_prepare_leaves_the_data_as_it_was(home, tmp_path, monkeypatch, where, trouble):
+    shutil.copytree(home / "data", tmp_path / "data")
+    (tmp_path / "new.txt").write_text("new text " * 100)
+    before = files(tmp_path)
+    if where == "meta.json":
+        monkeypatch.setattr(json, "dumps", mock.Mock(side_effect=trouble))
+    else:
+        good = mock.Mock(tofile=lambda path: Path(path).write_bytes(b"train"))
+        bad = mock.Mock(tofile=mock.Mock(side_effect=trouble))
+        monkeypatch.setattr(np, "asarray", mock.Mock(side_effect=[good, bad]))
+    for name in "pydocs", "fresh":
+        with contextlib.suppress(KeyboardInterrupt):
+            done = call("prepare.py", name, "--input=new.txt", cwd=tmp_path)
+            complains(done, "prepare.py", f"data/{name}", "No space left on device")
+        if where == "val.bin":
+            assert bad.tofile.called
+            np.asarray.side_effect = [good, bad]
+    monkeypatch.undo()
+    assert files(tmp_path) == before
+    assert os.listdir(tmp_path / "data") == ["pydocs"]
+
+
+@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs GPT-2's BPE files: set TIKTOKEN_CACHE_DIR")
+def test_gpt2_tokens_from_text_to_text(tmp_path):
+    text = prepare.pydocs()[:20_000] + "日本語 🙂 <|endoftext|>\n"
+    (tmp_path / "some.txt").write_bytes(text.encode())
+    works(call("prepare.py", "bpe", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path))
+    meta, splits = read_data(tmp_path / "data/bpe")
+    assert (meta["tokenizer"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "<u2", 50257)
+    assert meta["sizes"] == {s: len(tokens) for s, tokens in splits.items()}
+    assert sum(meta["sizes"].values()) < len(text) / 2
+    assert text_of(tmp_path / "data/bpe") == text
+
+    works(call("train.py", *TINY, "--dataset=bpe", "--max_steps=2", cwd=tmp_path))
+    args = "--steps=2", "--prefix=The while statement", "--suffix= ends here."
+    sampled = works(call("sample.py", *args, cwd=tmp_path))
+    assert sampled.stdout.startswith("The while statement") and sampled.stdout.endswith(" ends here.\n")
+
+
+def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    monkeypatch.setattr("tiktoken.get_encoding", mock.Mock(side_effect=ConnectionError("no route")))
+    done = call("prepare.py", "some", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path)
+    complains(done, "prepare.py", "TIKTOKEN_CACHE_DIR")
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no route")))
+    complains(call("prepare.py", "shakespeare_char", cwd=tmp_path), "prepare.py", "no route", "--input FILE")
+    assert os.listdir(tmp_path) == ["some.txt"]
+
+
+# -------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_in_a_new_process_gives_the_same_bits(home):
+    args = [*TINY, "--dropout=0.1", "--decay_lr=False", "--warmup_steps=5", "--log_interval=4"]
+    works(run("train.py", *args, "--max_steps=20", "--out_dir=straight", cwd=home))
+    works(run("train.py", *args, "--max_steps=10", "--out_dir=halves", cwd=home))
+    works(run("train.py", "--init_from=resume", "--max_steps=20", "--out_dir=halves", cwd=home))
+    a, b = (torch.load(home / out / "ckpt.pt", weights_only=True) for out in ("straight", "halves"))
+    assert a["step"] == 20 and a["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
+    for part in "step", "model", "ema", "optimizer", "config", "meta":
+        assert_same(a[part], b[part], part)
+    assert [record["step"] for record in read_log(home / "halves")] == [4, 8, 10, 12, 16, 20]
+
+
+@pytest.mark.parametrize("graph, dtype", [("absorb", "float32"), ("uniform", "bfloat16")])
+def test_resume_after_a_kill_gives_the_same_bits(home, tmp_path, graph, dtype):
+    (tmp_path / "data").symlink_to(home / "data")
+    args = [*TINY, "--dropout=0.1", f"--graph={graph}", f"--dtype={dtype}", "--max_steps=20", "--warmup_steps=5",
+            "--save_interval=10", "--log_interval=1"]  # fmt: skip
+    works(call("train.py", *args, "--out_dir=straight", cwd=tmp_path))
+    replace = os.replace
+    with mock.patch("os.replace", side_effect=[mock.DEFAULT, KeyboardInterrupt], wraps=replace):
+        with pytest.raises(KeyboardInterrupt):
+            call("train.py", *args, "--out_dir=killed", cwd=tmp_path)
+    killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
+    assert killed["step"] == 10 and len(read_log(tmp_path / "killed")) > 10  # the log is ahead of the checkpoint
+
+    works(call("train.py", "--init_from=resume", "--out_dir=killed", cwd=tmp_path))
+    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("straight", "killed"))
+    assert not torch.equal(killed["model"]["vocab_embed.weight"], a["model"]["vocab_embed.weight"])
+    for part in "step", "model", "ema", "optimizer":
+        assert_same(a[part], b[part], part)
+    losses = [[(r["step"], r["loss"]) for r in read_log(tmp_path / out)] for out in ("straight", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_resume_survives_a_log_whose_last_line_is_cut(home, tmp_path):
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    with open(tmp_path / "out/log.jsonl", "a") as log:
+        log.write('{"step": 25, "lo')
+    works(call("train.py", "--init_from=resume", "--max_steps=22", cwd=tmp_path))
+    assert [record["step"] for record in read_log(tmp_path / "out")] == [5, 10, 15, 20, 22]
+
+
+def test_resume_of_a_finished_run_changes_nothing(home):
+    before = files(home / "out")
+    works(call("train.py", "--init_from=resume", cwd=home))
+    assert files(home / "out") == before
+
+
+# --------------------------------------------------------------------------- many processes, gradient accumulation
+
+
+@pytest.fixture(scope="module")
+def one_process(home):
+    """The log of a run in one process, one micro-batch a step, and the options to repeat it with."""
+    args = [*TINY, "--eval_sequences=20", "--max_steps=6", "--log_interval=1", "--warmup_steps=2", "--dtype=float32",
+            "--grad_clip=1e9"]  # fmt: skip
+    works(call("train.py", *args, "--out_dir=plain", cwd=home))
+    return args, home / "plain"
+
+
+def assert_same_run(out, reference):
+    # AdamW's steps do not tell a gradient from twice that gradient, but its moments do
+    a, b = (torch.load(o / "ckpt.pt", weights_only=True)["optimizer"]["state"] for o in (out, reference))
+    for i in a:
+        torch.testing.assert_close(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-3, atol=1e-4)
+    log, reference = read_log(out), read_log(reference)
+    for key in "step", "lr":
+        assert [record[key] for record in log] == [record[key] for record in reference]
+    losses = [record["loss"] for record in log]
+    assert losses == pytest.approx([record["loss"] for record in reference], abs=1e-4)
+    assert max(losses) - min(losses) > 1e-2  # the steps differ, so that agreement says something
+    assert log[-1]["val_bound"] == pytest.approx(reference[-1]["val_bound"], abs=1e-4)
+
+
+@pytest.mark.parametrize("processes, micro_batch_size", [(1, 0), (2, 0), (2, 1)])
+def test_torchrun_gives_the_losses_of_one_process(home, one_process, processes, micro_batch_size):
+    args, reference = one_process
+    out, launcher = f"p{processes}m{micro_batch_size}", [*TORCHRUN, f"--nproc-per-node={processes}"]
+    args = [*args, f"--micro_batch_size={micro_batch_size}", f"--out_dir={out}"]
+    done = works(run("train.py", *args, cwd=home, launcher=launcher))
+    assert f"{processes} x cpu" in done.stdout
+    assert_same_run(home / out, reference)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_gradient_accumulation_gives_the_same_losses(home, one_process, micro_batch_size):
+    args, reference = one_process
+    works(call("train.py", *args, f"--micro_batch_size={micro_batch_size}", "--out_dir=micro", cwd=home))
+    assert_same_run(home / "micro", reference)
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def test_command_line_beats_config_file_beats_default(tmp_path):
+    file, second = tmp_path / "a.py", tmp_path / "b.py"
+    file.write_text("n_layer, n_head = 7, 5\nlearning_rate = 1\nout_dir = 'elsewhere'\ncompile = False\n")
+    second.write_text("n_head = 3\n")
+    argv = [str(file), "--n_layer=8", "--batch_size", "16", str(second), "--eval_only"]
+    found = config.parse(train.Options, argv=argv)
+    assert found == {"n_layer": 8, "n_head": 3, "learning_rate": 1.0, "out_dir": "elsewhere", "compile": "False",
+                     "batch_size": 16, "eval_only": True}  # fmt: skip
+    assert type(found["learning_rate"]) is float
+    assert train.Options(**found).n_embd == train.Options.n_embd
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.name)
+def test_config_files_of_the_repository_parse(path):
+    found = config.parse(train.Options, argv=[str(path)])
+    assert found and isinstance(train.Options(**found), train.Options)
+
+
+@pytest.mark.parametrize("module", [prepare, train, sample], ids=lambda m: m.__name__)
+def test_help_lists_every_option_with_its_default(module, tmp_path):
+    done = works(call(f"{module.__name__}.py", "--help", cwd=tmp_path))
+    entries = re.findall(r"^  --(\w+) .*?\[([^\]]*)\]$", done.stdout, re.MULTILINE | re.DOTALL)
+    assert dict(entries) == {name: str(getattr(module.Options, name)) for name in module.Options.__dataclass_fields__}
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.fixture(scope="module")
+def uniform(home):
+    works(call("train.py", *TINY, "--graph=uniform", "--noise=geometric", "--max_steps=5", "--out_dir=uniform",
+               cwd=home))  # fmt: skip
+    return "uniform"
+
+
+def write(home, *args):
+    """The text that sample.py prints, without print's own newline."""
+    stdout = works(call("sample.py", "--steps=4", *args, cwd=home)).stdout
+    assert stdout[-1] == "\n"
+    return stdout[:-1]
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
+@pytest.mark.parametrize("graph", ["absorb", "uniform"])
+def test_given_text_is_kept(home, uniform, graph, sampler):
+    args = [f"--out_dir={'out' if graph == 'absorb' else uniform}", f"--sampler={sampler}"]
+    text = write(home, *args, "--prefix=The if ", "--suffix= ends.")
+    assert len(text) == L and text.startswith("The if ") and text.endswith(" ends.")
+    text = write(home, *args, "--prefix", "The if ", "--length=20")
+    assert len(text) == 20 and text.startswith("The if ")
+    text = write(home, *args, "--infill={3}while{5} \n{2}")
+    assert len(text) == 17 and text[3:8] == "while" and text[13:15] == " \n"
+    text = write(home, *args, "--infill", "{} {7}")
+    assert len(text) == 10 and text[:3] == "{} "
+
+
+def test_seed_decides_the_text(home):
+    first, again, other = (write(home, f"--seed={seed}") for seed in (1, 1, 2))
+    assert first == again != other
+    assert write(home, "--seed=1", "--prefix=") == first
+
+
+def test_samplers_differ_but_for_the_log_linear_absorbing_chain(home, uniform):
+    """There both unmask a token with chance (t - s) / t in the step from t to s."""
+    assert write(home, "--sampler=tweedie") == write(home, "--sampler=euler")
+    out = f"--out_dir={uniform}"
+    assert write(home, out, "--sampler=tweedie") != write(home, out, "--sampler=euler")
+
+
+def test_samples_are_separated_by_a_line(home):
+    texts = write(home, "--num_samples=3").split("\n\n" + "-" * 80 + "\n")
+    assert [len(text) for text in texts] == [L, L, L] and len(set(texts)) == 3
+
+
+def test_sample_needs_the_checkpoint_alone(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "elsewhere")
+    assert write(tmp_path, "--out_dir=elsewhere") == write(home)
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "train.py": [
+        ("--learning_rat=0.1", "'learning_rat'", "'learning_rate'", "--help"),
+        ("--n-layer 2", "'n-layer'", "'n_layer'"),
+        ("-max_step 2", "'max_step'", "'max_steps'"),
+        ("--learning_rate=abc", "learning_rate", "a number", "'abc'"),
+        ("--max_steps=1e6", "max_steps", "a whole number", "'1e6'"),
+        ("--n_layer=2.5", "n_layer", "a whole number", "'2.5'"),
+        ("--decay_lr=perhaps", "decay_lr", "True or False", "'perhaps'"),
+        ("--dtype=foo", "dtype", "auto, bfloat16, float32", "'foo'"),
+        ("--graph=none", "graph", "absorb, uniform", "'none'"),
+        ("--compile=maybe", "compile", "auto, True, False", "'maybe'"),
+        ("--max_steps", "--max_steps", "expected one argument"),
+        ("nowhere.py", "nowhere.py", "config/owt.py", "--key=value"),
+        ("tiny.py nowhere.py", "nowhere.py", "config/owt.py"),
+        ("broken.py", "broken.py", "SyntaxError", "line 1"),
+        ("crash.py", "crash.py", "ZeroDivisionError"),
+        ("misspelt.py", "misspelt.py", "'n_layers'", "'n_layer'"),
+        ("mistyped.py", "n_layer", "a whole number", "'two'"),
+        ("--dataset=nowhere", "data/nowhere", "not prepared", "python prepare.py nowhere"),
+        ("--dataset=short", "data/short/train.bin", "99 tokens", "fewer than one block", "--block_size="),
+        ("--dataset=keyless", "data/keyless", "vocab_size", "python prepare.py keyless"),
+        ("--dataset=listed", "data/listed", "python prepare.py listed"),
+        ("--dataset=odd", "data/odd", "x9", "python prepare.py odd"),
+        ("--init_from=rezume", "'rezume'", "scratch", "resume"),
+        ("--init_from=resume --out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
+        ("--init_from=resume --out_dir=cut", "cut/ckpt.pt", "cut short"),
+        ("--init_from=resume --out_dir=other", "other/ckpt.pt", "no checkpoint of train.py"),
+        ("--init_from=resume --n_layer=3", "n_layer=3", "trained with 1"),
+        ("--init_from=resume --dataset=digits --eval_only", "another vocabulary", "data/digits"),
+        ("--out_dir=tiny.py", "tiny.py", "out_dir"),
+        ("--device=cuda:99", "'cuda:99'", "--device=auto"),
+        ("--device=gpu", "'gpu'", "--device=auto"),
+        ("--n_embd=33", "n_embd=33", "n_head=2", "not divisible"),
+        ("--n_embd=0", "n_embd=0"),
+        ("--n_embd=-32", "n_embd=-32"),
+        ("--n_head=0", "n_head=0"),
+        ("--n_head=-1", "n_head=-1"),
+        ("--n_layer=0", "n_layer=0", "at least 1"),
+        ("--cond_dim=0", "cond_dim=0", "at least 1"),
+        ("--block_size=-5", "block_size=-5", "at least 1"),
+        ("--batch_size=0", "batch_size=0"),
+        ("--batch_size=-4", "batch_size=-4"),
+        ("--micro_batch_size=3", "batch_size=4", "micro-batches of 3", "--batch_size=3"),
+        ("--micro_batch_size=-1", "micro_batch_size=-1"),
+        ("--max_steps=0", "max_steps=0", "at least 1"),
+        ("--max_steps=-3", "max_steps=-3", "at least 1"),
+        ("--eval_times=0", "eval_times=0", "at least 1"),
+        ("--save_interval=0", "save_interval=0", "at least 1"),
+        ("--dropout=2", "dropout=2"),
+        ("--dropout=-0.1", "dropout=-0.1"),
+        ("--dropout=nan", "dropout=nan"),
+        ("--ema=2", "ema=2"),
+        ("--ema=-1", "ema=-1"),
+        ("--learning_rate=-1", "learning_rate=-1"),
+        ("--learning_rate=nan", "learning_rate=nan"),
+        ("--learning_rate=inf", "learning_rate=inf"),
+        ("--warmup_steps=-1", "warmup_steps=-1"),
+        ("--weight_decay=-1", "weight_decay=-1"),
+        ("--grad_clip=-1", "grad_clip=-1"),
+        ("--seed=-1", "seed=-1"),
+    ],
+    "prepare.py": [
+        ("shakespear", "'shakespear'", "pydocs, shakespeare_char", "--input FILE"),
+        ("a b", "unexpected 'b'"),
+        ("x --input=empty.txt", "empty.txt", "is empty"),
+        ("x --input=blank.txt", "blank.txt", "is empty"),
+        ("x --input=latin1.txt", "latin1.txt", "not UTF-8", "byte 3", "iconv"),
+        ("x --input=ten.txt", "ten.txt", "10 tokens", "20"),
+        ("x --input=nowhere.txt", "nowhere.txt", "No such file"),
+        ("x --input=data", "data", "Is a directory"),
+        ("x --input=short.txt --tokenizer=words", "tokenizer", "char, gpt2", "'words'"),
+        ("x --inputs=short.txt", "'inputs'", "'input'"),
+        ("../x --input=short.txt", "'../x'", "plain folder name"),
+        (".. --input=short.txt", "'..'", "plain folder name"),
+        ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot write"),
+    ],
+    "sample.py": [
+        ("--step=5", "'step'", "'steps'"),
+        ("--steps=0", "steps=0", "at least 1"),
+        ("--steps=many", "steps", "a whole number", "'many'"),
+        ("--num_samples=0", "num_samples=0", "at least 1"),
+        ("--length=-1", "length=-1"),
+        ("--length=33", "more tokens than the 32", "trained on"),
+        ("--length=99999999999", "more tokens than the 32", "trained on"),
+        ("--sampler=ddim", "sampler", "tweedie, euler", "'ddim'"),
+        ("--prefix=caf\xe9", "no character '\xe9'"),
+        ("--suffix=\x07", r"no character '\x07'"),
+        ("--infill={3}\u65e5{3}", "no character '\u65e5'"),
+        ("--prefix=aaaa --suffix=bbbb --length=7", "8 tokens", "length 7", "--length"),
+        (f"--prefix={33 * 'a'}", "33 tokens", "length 32"),
+        (f"--prefix={32 * 'a'}", "nothing to generate", "--infill"),
+        ("--infill=nothing", "nothing to generate", "{20}"),
+        ("--infill={0}", "nothing to generate"),
+        ("--infill={33}", "more tokens than the 32"),
+        ("--infill={99999999999}", "more tokens than the 32"),
+        ("--infill={3} --prefix=a", "--infill", "--prefix"),
+        ("--out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
+        ("--out_dir=tiny.py", "tiny.py/ckpt.pt", "no checkpoint"),
+        ("--out_dir=cut", "cut/ckpt.pt", "cut short"),
+        ("--out_dir=noise", "noise/ckpt.pt", "no checkpoint of train.py"),
+        ("--out_dir=nothing", "nothing/ckpt.pt", "cut short"),
+        ("--out_dir=other", "other/ckpt.pt", "no checkpoint of train.py"),
+        ("--device=cuda:99", "'cuda:99'", "--device=auto"),
+        (f"--seed={10**30}", "seed=1000"),
+        ("words", "'words'", "config file"),
+    ],
+}  # fmt: skip
+CASES = [pytest.param(script, line, words, id=f"{script} {line[:60]!a}")
+         for script, cases in BAD.items() for line, *words in cases]  # fmt: skip
+
+
+def complete(script, line):
+    """The words of a command line; a training gets a tiny model and few steps, in case it starts against its brief."""
+    words = line.split(" ")
+    tiny = script == "train.py" and not any(w.startswith(("--init_from=resume", "--dataset=short")) for w in words)
+    return [*TINY, "--max_steps=2", *words] if tiny else words
+
+
+@pytest.mark.parametrize("script, line, words", CASES)
+def test_bad_input_gets_one_line_and_changes_nothing(desk, script, line, words):
+    before = files(desk)
+    complains(call(script, *complete(script, line), cwd=desk), script, *words)
+    assert files(desk) == before
+
+
+@pytest.mark.parametrize(
+    "script, line, words",
+    [
+        ("train.py", "--dropuot=0.1", ["'dropuot'", "'dropout'"]),
+        ("prepare.py", "x --input=latin1.txt", ["latin1.txt", "not UTF-8"]),
+        ("sample.py", "--out_dir=cut", ["cut/ckpt.pt", "cut short"]),
+    ],
+)
+def test_bad_input_in_a_real_process(desk, script, line, words):
+    before = files(desk)
+    complains(run(script, *complete(script, line), cwd=desk), script, *words)
+    assert files(desk) == before
+
+
+def test_batch_that_the_processes_cannot_share(desk, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    before = files(desk)
+    complains(call("train.py", *TINY, cwd=desk), "train.py", "batch_size=4", "3 processes", "--batch_size=3")
+    monkeypatch.setenv("RANK", "1")  # the other processes leave the talking to the first
+    silent = call("train.py", *TINY, cwd=desk)
+    assert (silent.returncode, silent.stdout, silent.stderr) == (2, "", "")
+    assert files(desk) == before
+
+
+def test_advice_for_a_short_text_works(desk):
+    advice = re.search(r"--block_size=\d+", call("train.py", "--dataset=short", cwd=desk).stderr)[0]
+    works(call("train.py", *TINY, "--dataset=short", advice, "--max_steps=1", cwd=desk))
+
+
+def test_advice_for_an_unprepared_data_set_works(tmp_path):
+    advice = call("train.py", *TINY, cwd=tmp_path).stderr.strip()
+    assert advice.endswith(": python prepare.py pydocs")
+    works(call("prepare.py", "pydocs", cwd=tmp_path))
+    works(call("train.py", *TINY, "--max_steps=1", cwd=tmp_path))
+
+
+def test_missing_character_is_named_without_listing_thousands():
+    meta = {"tokenizer": "char", "vocab": [chr(0x4E00 + i) for i in range(5000)], "vocab_size": 5000}
+    with pytest.raises(ValueError, match="no character 'a' .5000 characters") as error:
+        prepare.Tokenizer(meta).encode("\u4e00a")
+    assert len(str(error.value)) < 300
