@@ -23,9 +23,9 @@ class Options:
     sampler: Literal["tweedie", "euler"] = "tweedie"  # how a step uses the scores
     num_samples: int = 1  # texts, drawn side by side
     length: int = 0  # tokens in a text, prompt included; 0: the model's block_size
-    prefix: str = ""  # text to begin with
+    prefix: str = ""  # text to begin with (kept prompts are exact under the absorbing graph only)
     suffix: str = ""  # text to end with
-    infill: str = ""  # a text in which {n} stands for n tokens to write
+    infill: str = ""  # a text in which {n} stands for n tokens to write, such as "def {12}(self):"
     seed: int = 1337  # of the draws
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls

@@ -263,7 +263,7 @@ class SEDDConfig:
     noise: Literal["loglinear", "geometric"] = "loglinear"
 
     def __post_init__(self):
-        if self.n_head < 1 or self.n_embd % (2 * self.n_head):
+        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width: "
                 f"try --n_embd={64 * max(1, self.n_head)}"
@@ -502,8 +502,9 @@ def nll_bound(model, graph, noise, x0, num_times=128):
                       + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
 
     p(x0) is what the reversed chain generates from p_base with this model's scores; with the true scores the
-    bound is an equality, up to the distance of p_T from p_base. The integral takes num_times evenly spaced
-    times with one random shift per sequence. What each schedule leaves at the two ends:
+    bound is an equality, up to the distance of p_T from p_base. The integral takes num_times times t = u^2
+    with u evenly spaced from one random shift per sequence: a token hit at time t is rare and weighs 1 / t, and
+    even times would leave the variance without limit. What each schedule leaves at the two ends:
 
     t = 1. Log-linear noise stops at e^-sigma = eps. The absorbing graph then pays eps log V nats per token
     for the tokens that are still visible (0.01 on GPT-2's vocabulary); the uniform graph about
@@ -512,11 +513,14 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     starts at sigma_min, and the samplers' denoising step from there has to find x0: one draw of x_t0.
     """
     B, L = x0.shape
-    u = low_discrepancy_times(B, x0.device)[torch.randperm(B, device=x0.device)]
-    integral = sum(diffusion_loss(model, graph, noise, x0, (k + u) / num_times) for k in range(num_times)) / num_times
-    prior = L * graph.prior_kl(noise(torch.ones_like(u))[0])
-    sigma = noise(torch.zeros_like(u))[0]
-    reconstruction = torch.zeros_like(u)
+    shift = low_discrepancy_times(B, x0.device)[torch.randperm(B, device=x0.device)]
+    integral = torch.zeros_like(shift)
+    for k in range(num_times):
+        u = (k + shift) / num_times
+        integral += 2 * u / num_times * diffusion_loss(model, graph, noise, x0, u**2)  # dt = 2 u du
+    prior = L * graph.prior_kl(noise(torch.ones_like(shift))[0])
+    sigma = noise(torch.zeros_like(shift))[0]
+    reconstruction = torch.zeros_like(shift)
     if sigma[0] > 0:
         x = graph.sample_transition(x0, sigma)
         for i in range(B):  # one sequence at a time: this term alone needs all of a sequence's scores at once
@@ -560,8 +564,10 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     single position. The last step of both is Tweedie's, from wherever the noise is down to none.
 
     prompt (B, L) has a token where it is to be kept and -1 where one is to be generated. Under the absorbing
-    graph this samples p(rest | kept) at any positions: a kept token looks like one that noise has missed. Under
-    the uniform graph it is approximate: the scores take a kept token for a possibly noisy one.
+    graph this samples p(rest | kept) at any positions: a kept token looks just like one that noise has missed.
+    Under the uniform graph it is approximate: the scores take a kept token for one that may be noisy, and believe
+    it too little. (Noising the kept tokens anew at each step, the usual remedy, is worse on the enumerable example
+    of the tests.)
     callback(step, x), if given, sees each state from the prior (step 0) to the last.
     """
     if steps < 1:

@@ -311,6 +311,14 @@ def test_samples_are_clean_and_keep_the_prompt(name, sampler, steps):
         assert (state == prompt)[prompt >= 0].all()
 
 
+@pytest.mark.parametrize("sampler", ["euler", "tweedie"])
+def test_scores_that_promise_too_little_still_leave_no_mask(sampler):
+    """Scores e^-3 times too small: by them MASK would stay MASK, but the last step has no MASK to give."""
+    model = random_model("absorb").eval()
+    timid = lambda x, sigma: model(x, sigma) - 3 * (torch.arange(12) != x[..., None])
+    assert sample(timid, model.graph, model.noise, (64, 16), 4, sampler).max() < 11
+
+
 @both_names
 def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
     model = random_model(name).eval()
