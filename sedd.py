@@ -7,18 +7,19 @@ The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chai
 in [0, 1]; a token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph).
 The chain can be run backwards by whoever knows the ratios p_t(y) / p_t(x) for all sequences y that differ
 from x in one position: together they are called the concrete score. A transformer learns them by
-minimising the score entropy, a loss that is zero exactly at the true ratios and that bounds the
-likelihood. To sample, start from pure noise and run the chain backwards with the learned score.
+minimising the score entropy, which is smallest exactly at the true ratios and which, weighted and
+integrated over time, bounds -log p(x0). To sample, start from pure noise and run the chain backwards
+with the learned score.
 
     1. Noise         how much noise there is at time t
     2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
     3. Transformer   the network whose output is the log score
-    4. Loss          the training objective and the likelihood bound
+    4. Loss          its draw over time, and the likelihood bound
     5. Samplers      noise in, text out, with infilling
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
 the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt
-(in a step backwards: the noise to undo). Losses and bounds are in nats.
+(in `tweedie_probs` alone it is a finite difference: the noise to undo). Losses and bounds are in nats.
 """
 
 import math
@@ -70,15 +71,21 @@ class GeometricNoise:
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ
 # from it in one position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for
 # p_t(x with x_i := y) / p_t(x), which is 1 at y = x_i. Both matrices Q are so simple that exp(sigma Q) has
-# a closed form: each method below is that form written out, and the matrices themselves serve the tests.
+# a closed form; the methods below use it, and the matrices themselves serve the tests.
 #
-# The score entropy of one jump with learned score s and true ratio r = p(y | x0) / p(x | x0) is
+# The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that
+# it undoes, times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
 #
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
-# convex in s, zero at s = r, positive elsewhere, infinite at s = 0. The denoising score entropy of a token
-# is its sum over the jumps y != x, each weighted by the rate Q[x, y]. In both graphs r has one value at
-# y = x0 and another at every other y, so all that the loss asks of a token's scores is three sums over y != x:
+# convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x)
+# is unknown. But put in its place r = p(y | x0) / p(x | x0), which exp(sigma Q) gives: the mean of that over
+# the x0 that x may have come from is just the true ratio, so that on average the loss has only gained a
+# constant, and the same minimum. This is the denoising score entropy, the loss of a token being its sum over
+# the jumps y != x, each weighted by Q[x, y].
+#
+# In both graphs this r has one value at y = x0 and another at every other y, so all that the loss asks of a
+# token's scores is three sums over y != x:
 #
 #     total = sum of s_y,     log_total = sum of log s_y,     log_at_x0 = log s_x0 (0 where x = x0).
 #
@@ -106,8 +113,8 @@ def close_rows(rate, x):
 class Absorbing:
     """Every token turns into MASK at rate 1 and stays there: Q_absorb.
 
-    Tokens are 0 ... vocab_size - 1 and MASK is one state more. The reversed chain leaves no state but MASK:
-    only masked positions have scores that matter, a loss, and anything to draw.
+    Tokens are 0 ... vocab_size - 1 and MASK is one state more. The reversed chain can jump out of no
+    state but MASK: only masked positions have scores that matter, a loss, and anything to draw.
     """
 
     def __init__(self, vocab_size):
@@ -212,13 +219,13 @@ class Uniform:
     def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
         """The same from the three sums; all arguments of one shape, or broadcast to it.
 
-        p(y | x0) is in proportion to 1 + a at y = x0 and to 1 elsewhere, with a = N / (e^sigma - 1). So where
-        x = x0 every ratio is 1 / (1 + a); otherwise it is 1 + a at y = x0 and 1 at the N - 2 other jumps.
+        p(y | x0) is in proportion to R = 1 + N / (e^sigma - 1) at y = x0 and to 1 elsewhere. So where x = x0
+        every ratio is 1 / R; otherwise it is R at y = x0 and 1 at the N - 2 other jumps.
         """
         N = self.num_states
-        log_r = torch.log1p(N / torch.expm1(sigma))
-        kept = torch.exp(-log_r) * ((N - 1) * (-log_r - 1) - log_total)
-        moved = torch.exp(log_r) * (log_r - 1 - log_at_x0) - (N - 2) - (log_total - log_at_x0)
+        log_R = torch.log1p(N / torch.expm1(sigma))
+        kept = torch.exp(-log_R) * ((N - 1) * (-log_R - 1) - log_total)
+        moved = torch.exp(log_R) * (log_R - 1 - log_at_x0) - (N - 2) - (log_total - log_at_x0)
         return (total + torch.where(x == x0, kept, moved)) / N
 
     def reverse_rate(self, score, x):
@@ -325,7 +332,10 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The last norm and the vocabulary head `linear`, which starts at zero: every score starts equal."""
+    """The last norm, and the vocabulary head `linear`, which SEDD.forward applies to the rows that need it.
+
+    The head starts at zero: every score starts equal.
+    """
 
     def __init__(self, config, num_states):
         super().__init__()
@@ -394,10 +404,10 @@ class VocabularySums(torch.autograd.Function):
 
 
 class SEDD(nn.Module):
-    """The score network. model(x, sigma) is the log score, model(x, sigma, x0) the score entropy.
+    """The score network. model(x, sigma) is the log score, model(x, sigma, x0) the denoising score entropy.
 
-    Attributes `graph` and `noise` are built from the config. Names and shapes of the parameters are those of
-    the published checkpoints.
+    Attributes `graph` and `noise` are built from the config. The parameters are named and shaped as in the
+    published checkpoints, where vocab_embed.weight is called vocab_embed.embedding.
     """
 
     takes_rows = True  # the samplers may ask for the scores of some positions alone
@@ -431,8 +441,8 @@ class SEDD(nn.Module):
     def shift(self, sigma):
         """The part of every log score that is known: sigma (B,) -> (B,).
 
-        Under the absorbing graph the true score is p(x0 = y | x) / (e^sigma - 1): the network starts from
-        p = 1 / vocab_size and learns what is missing.
+        Under the absorbing graph the true score of a masked position i is p(x0_i = y | visible tokens) times
+        1 / (e^sigma - 1): the network starts from p = 1 / vocab_size and learns what is missing.
         """
         if self.graph.mask_id is None:
             return torch.zeros_like(sigma)
@@ -468,7 +478,8 @@ class SEDD(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------
 # 4. Loss. Each function takes as `model` any callable with the two forms of SEDD.forward, model(x, sigma)
-# and model(x, sigma, x0): the tests pass exact scores where training passes the network.
+# and model(x, sigma, x0): the tests pass exact scores where training passes the network. (The samplers use
+# its rows= as well, of a model that says takes_rows.)
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +513,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
                       + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
 
     p(x0) is what the reversed chain generates from p_base with this model's scores; with the true scores the
-    bound is an equality, up to the distance of p_T from p_base. The integral takes num_times times t = u^2
+    bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions. The integral takes num_times times t = u^2
     with u evenly spaced from one random shift per sequence: a token hit at time t is rare and weighs 1 / t, and
     even times would leave the variance without limit. What each schedule leaves at the two ends:
 
@@ -510,7 +521,8 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     for the tokens that are still visible (0.01 on GPT-2's vocabulary); the uniform graph about
     N eps^2 / 2, nothing where N is small. Geometric noise stops at e^-20: nothing.
     t = 0. Log-linear noise starts at sigma = 0, where x_t is x0 and nothing is left to pay. Geometric noise
-    starts at sigma_min, and the samplers' denoising step from there has to find x0: one draw of x_t0.
+    starts at sigma_min, and the samplers' denoising step from there has to find x0: one draw of x_t0. (It is
+    infinite where that step, its negative probabilities clamped, gives some token of x0 none.)
     """
     B, L = x0.shape
     shift = low_discrepancy_times(B, x0.device)[torch.randperm(B, device=x0.device)]
@@ -557,7 +569,7 @@ def sample_categorical(probs):
 
 @torch.no_grad()
 def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None):
-    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in `steps` calls of the model.
+    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in at most `steps` calls of the model.
 
     `euler` is tau-leaping: for the length of a step every position jumps at the rates of its beginning.
     `tweedie` is the step that is optimal among those that move each position independently, and exact for a

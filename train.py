@@ -84,7 +84,7 @@ def find_dtype(name, device):
     """bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     )  # fmt: skip
     return torch.bfloat16 if fast else torch.float32
@@ -168,7 +168,7 @@ class Data:
 
 
 def mixed_seed(*numbers):
-    """One 64-bit seed from several small numbers, well mixed."""
+    """One 63-bit seed from several small numbers, well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -180,17 +180,17 @@ def evaluate(model, x0, num_times, seed, rank, world, device, dtype):
 
     Sequences, times and noise are the same at every call and for every number of processes.
     """
-    bounds = torch.zeros(len(x0), dtype=torch.float64)
+    bounds = torch.zeros(len(x0))
     model.eval()
     for k, rows in enumerate(torch.arange(len(x0)).split(16)):
         if k % world == rank:
             torch.manual_seed(mixed_seed(seed, k))
             with autocast(device, dtype):
-                bounds[rows] = nll_bound(model, model.graph, model.noise, x0[rows].to(device), num_times).double().cpu()
+                bounds[rows] = nll_bound(model, model.graph, model.noise, x0[rows].to(device), num_times).cpu()
     if world > 1:
         bounds = bounds.to(device)
         dist.all_reduce(bounds)
-    bounds = bounds.cpu() / x0.shape[1]
+    bounds = bounds.cpu().double() / x0.shape[1]
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
@@ -296,7 +296,7 @@ def train(o, explicit):
         if resumed and (out / "log.jsonl").is_file():
             lines = (out / "log.jsonl").read_text().splitlines()
             before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        elif (out / "ckpt.pt").is_file():
+        elif not resumed and (out / "ckpt.pt").is_file():
             os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
             print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
         log = open(out / "log.jsonl", "w", buffering=1)
