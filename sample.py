@@ -74,7 +74,9 @@ def main():
 
     torch.manual_seed(o.seed)
     prompt = torch.tensor(prompt, device=device).expand(o.num_samples, -1)
-    with tqdm(total=o.steps, unit="step", dynamic_ncols=True) as bar, autocast(device, find_dtype(o.dtype, device)):
+    calm = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs few
+    with (tqdm(total=o.steps, unit="step", dynamic_ncols=True, mininterval=calm) as bar,
+          autocast(device, find_dtype(o.dtype, device))):  # fmt: skip
         x = sedd.sample(model, model.graph, model.noise, prompt.shape, o.steps, o.sampler, prompt, device,
                         callback=lambda step, x: bar.update(step > 0))  # fmt: skip
     for i, tokens in enumerate(x.tolist()):

@@ -513,13 +513,14 @@ def nll_bound(model, graph, noise, x0, num_times=128):
                       + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
 
     p(x0) is what the reversed chain generates from p_base with this model's scores; with the true scores the
-    bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions. The integral takes num_times times t = u^2
-    with u evenly spaced from one random shift per sequence: a token hit at time t is rare and weighs 1 / t, and
-    even times would leave the variance without limit. What each schedule leaves at the two ends:
+    bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
+    The integral takes num_times times t = u^2, with u evenly spaced from one random shift per sequence: a token
+    hit at time t is rare and weighs 1 / t, so that with even times the variance would have no limit. What each
+    schedule leaves at the two ends:
 
     t = 1. Log-linear noise stops at e^-sigma = eps. The absorbing graph then pays eps log V nats per token
-    for the tokens that are still visible (0.01 on GPT-2's vocabulary); the uniform graph about
-    N eps^2 / 2, nothing where N is small. Geometric noise stops at e^-20: nothing.
+    for the tokens that are still visible (0.01 on GPT-2's vocabulary); the uniform graph (N - 1) eps^2 / 2
+    while N eps is small, and never more than eps log N. Geometric noise stops at e^-20: nothing.
     t = 0. Log-linear noise starts at sigma = 0, where x_t is x0 and nothing is left to pay. Geometric noise
     starts at sigma_min, and the samplers' denoising step from there has to find x0: one draw of x_t0. (It is
     infinite where that step, its negative probabilities clamped, gives some token of x0 none.)

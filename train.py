@@ -135,7 +135,7 @@ class Data:
         for name, tokens in self.splits.items():
             if len(tokens) < o.block_size:
                 fail(f"{self.folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
-                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")  # fmt: skip
+                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")
 
     def batch(self, o, step, indices, model):
         """x0 (n, L), times t (n,) and noised x (n, L) of the sequences `indices` of the global batch of a step.
@@ -301,7 +301,8 @@ def train(o, explicit):
             print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
         log = open(out / "log.jsonl", "w", buffering=1)
         log.writelines(line + "\n" for line in before)
-        bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True,
+                   mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
     parameters, averaged = list(model.parameters()), list(ema.parameters())
     losses, clock, since = [], time.perf_counter(), start
