@@ -318,23 +318,30 @@ N = 50_000
 NOISE_OF_TV = 0.02  # exact draws from 27 cells exceed it with a chance below 1e-9: 2^27 exp(-2 N 0.02^2)
 
 
+def sampler_distance(graph, noise, sampler, steps):
+    torch.manual_seed(0)
+    return total_variation(sample(Oracle(graph, PAIR), graph, noise, (N, 2), steps, sampler), PAIR)
+
+
 @both_graphs
 @both_noises
-def test_samplers_approach_the_data_and_tweedie_is_no_worse(graph, noise):
-    """Section 4: total variation against p0 falls with the steps; at 8 and 64, Tweedie's is not above Euler's.
+@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
+def test_samplers_approach_the_data(graph, noise, sampler):
+    """Section 4: the total variation between samples and p0 falls with the steps, to next to nothing."""
+    few, more, many = (sampler_distance(graph, noise, sampler, steps) for steps in (2, 8, 64))
+    assert few > more + NOISE_OF_TV and more > many and many < 0.02 + NOISE_OF_TV
 
-    (At 2 steps of geometric noise under the uniform graph it is, 0.57 against 0.34: the best single step is not the
-    best first of two. There both are useless.)
+
+@both_graphs
+def test_tweedie_is_no_worse_than_euler(graph):
+    """Section 4.2, at equal steps of log-linear noise. Under the absorbing graph the two are then the same.
+
+    That a step is the best possible one from where it starts does not make it the best one on the way. With the
+    coarse steps of geometric noise Euler happens to be nearer under the uniform graph: 0.09 against 0.11 at 8 steps.
     """
-    distance = {}
-    for sampler, steps in itertools.product(["tweedie", "euler"], [2, 8, 64]):
-        torch.manual_seed(0)
-        x = sample(Oracle(graph, PAIR), graph, noise, (N, 2), steps, sampler)
-        distance[sampler, steps] = total_variation(x, PAIR)
-    assert distance["tweedie", 2] > distance["tweedie", 8] + NOISE_OF_TV
-    assert distance["tweedie", 8] > distance["tweedie", 64] and distance["tweedie", 64] < 0.02 + NOISE_OF_TV
-    for steps in 8, 64:
-        assert distance["tweedie", steps] <= distance["euler", steps] + NOISE_OF_TV, distance
+    for steps in 2, 8, 64:
+        tweedie, euler = (sampler_distance(graph, LogLinearNoise(), sampler, steps) for sampler in ("tweedie", "euler"))
+        assert tweedie <= euler + (0 if graph.mask_id is not None else NOISE_OF_TV)
 
 
 def infilling_distance(graph, kept, seed=0):
