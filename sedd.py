@@ -383,7 +383,7 @@ class VocabularySums(torch.autograd.Function):
             log_total += z.sum(1, keepdim=True) - z.gather(1, x_column) * x_here
             log_at_x0 += z.gather(1, x0_column) * (x0_here & moved)
             e = z.exp_()
-            e.scatter_(1, x_column, e.gather(1, x_column) * ~x_here)
+            e.scatter_(1, x_column, e.gather(1, x_column).masked_fill(x_here, 0.0))
             total += e.sum(1, keepdim=True)
         return total[:, 0], log_total[:, 0], log_at_x0[:, 0]
 
@@ -395,7 +395,7 @@ class VocabularySums(torch.autograd.Function):
         for s, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0):
             dz = z.exp_().mul_(g_total).add_(g_log_total)
             dz.scatter_add_(1, x0_column, g_log_at_x0 * x0_here)
-            dz.scatter_(1, x_column, dz.gather(1, x_column) * ~x_here)
+            dz.scatter_(1, x_column, dz.gather(1, x_column).masked_fill(x_here, 0.0))
             db[s] = dz.sum(0)
             dz = dz.to(W.dtype)
             dW[s] = dz.T @ h
@@ -465,7 +465,7 @@ class SEDD(nn.Module):
         rows = self.graph.can_change(x)
         sigma = sigma[:, None].expand(x.shape)[rows]
         shift, x, x0 = shift[rows], x[rows], x0[rows]
-        kind = h.device.type
+        kind = h.device.type  # cast the head once, not once a chunk
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         total, log_total, log_at_x0 = VocabularySums.apply(
             h[rows].to(dtype), head.weight.to(dtype), head.bias.to(dtype), x, x0

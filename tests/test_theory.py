@@ -334,14 +334,15 @@ def test_samplers_approach_the_data(graph, noise, sampler):
 
 @both_graphs
 def test_tweedie_is_no_worse_than_euler(graph):
-    """Section 4.2, at equal steps of log-linear noise. Under the absorbing graph the two are then the same.
+    """Section 4.2, at equal steps of log-linear noise. Under the absorbing graph the two are then the same,
+    up to a draw in a thousand that rounding decides.
 
     That a step is the best possible one from where it starts does not make it the best one on the way. With the
     coarse steps of geometric noise Euler happens to be nearer under the uniform graph: 0.09 against 0.11 at 8 steps.
     """
     for steps in 2, 8, 64:
         tweedie, euler = (sampler_distance(graph, LogLinearNoise(), sampler, steps) for sampler in ("tweedie", "euler"))
-        assert tweedie <= euler + (0 if graph.mask_id is not None else NOISE_OF_TV)
+        assert tweedie <= euler + (1e-3 if graph.mask_id is not None else NOISE_OF_TV)
 
 
 def infilling_distance(graph, kept, seed=0):
