@@ -16,14 +16,17 @@ with the learned score.
     3. Transformer   the network whose output is the log score
     4. Loss          its draw over time, and the likelihood bound
     5. Samplers      noise in, text out, with infilling
+    7. Published weights
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
 the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt
 (in `tweedie_probs` alone it is a finite difference: the noise to undo). Losses and bounds are in nats.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -620,3 +623,81 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     if callback:
         callback(steps, x)
     return x
+
+
+# ------------------------------------------------------------------------------------------------------
+# 7. Published weights: a folder, or a repository of the Hugging Face hub, with the authors' config.json and
+# model.safetensors or pytorch_model.bin. The parameters above bear their names, but for the embedding.
+# ------------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(path_or_hub_id):
+    """The SEDD model (float32, CPU, evaluation mode) in a local folder or a hub repository of that format.
+
+    ValueError at a folder that does not hold one; ImportError, with the command to run, where a package is
+    missing. Only numbers are read: nothing in a downloaded file can run.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise ImportError("the hub needs a package more: pip install -e '.[hub]'") from None
+        try:
+            files = ["config.json", "model.safetensors", "pytorch_model.bin"]
+            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=files))
+        except Exception as error:
+            raise ValueError(
+                f"{path_or_hub_id!r} is no local folder, and the hub did not give it ({type(error).__name__})"
+            ) from None
+
+    try:
+        published = json.loads((folder / "config.json").read_text())
+        shape, graph = published["model"], published["graph"]["type"]
+        config = SEDDConfig(
+            published["tokens"], shape["length"], shape["n_blocks"], shape["n_heads"], shape["hidden_size"],
+            shape["cond_dim"], shape["dropout"], graph, published["noise"]["type"],
+        )  # fmt: skip
+        if shape["scale_by_sigma"] != (graph == "absorb"):
+            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']} under the {graph} graph is not supported")
+        if (folder / "model.safetensors").is_file():
+            try:
+                from safetensors.torch import load_file
+            except ImportError:
+                raise ImportError("model.safetensors needs a package more: pip install -e '.[hub]'") from None
+            weights = load_file(folder / "model.safetensors")
+        else:
+            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        weights["vocab_embed.weight"] = weights.pop("vocab_embed.embedding")
+        weights.pop("rotary_emb.inv_freq", None)
+        model = SEDD(config)
+        model.load_state_dict(weights)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder} does not hold a published SEDD model: {error!r}") from None
+    return model.eval()
+
+
+def save_pretrained(model, folder):
+    """Write the model in the published format, as config.json and pytorch_model.bin."""
+    folder, config = Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    published = {
+        "tokens": config.vocab_size,
+        "graph": {"type": config.graph, "file": "data", "report_all": False},
+        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {
+            "name": "sedd", "type": "ddit", "hidden_size": config.n_embd, "cond_dim": config.cond_dim,
+            "length": config.block_size, "n_blocks": config.n_layer, "n_heads": config.n_head,
+            "scale_by_sigma": config.graph == "absorb", "dropout": config.dropout,
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(published, indent=2))
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    weights["vocab_embed.embedding"] = weights.pop("vocab_embed.weight")
+    weights["rotary_emb.inv_freq"] = model.inv_freq.cpu()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+SEDD.from_pretrained, SEDD.save_pretrained = staticmethod(from_pretrained), save_pretrained

@@ -117,6 +117,25 @@ def save_checkpoint(path, checkpoint):
     os.replace(scratch, path)
 
 
+def load_model(start):
+    """A trained SEDD (on the CPU, in evaluation mode) and the meta of its data, None where nothing tells it.
+
+    `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
+    repository in the published format. Fails in one line at anything else.
+    """
+    if (Path(start) / "ckpt.pt").is_file():
+        checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
+        model = SEDD(SEDDConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["ema"])
+        return model.eval(), checkpoint["meta"]
+    try:
+        model = SEDD.from_pretrained(start)
+    except (ImportError, ValueError) as error:
+        fail(str(error))
+    gpt2 = {"tokenizer": "gpt2", "vocab_size": 50257}
+    return model, gpt2 if model.config.vocab_size == 50257 else None
+
+
 # ----------------------------------------------------------------------------------------------------- data
 
 
