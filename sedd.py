@@ -173,11 +173,11 @@ class Absorbing:
         From MASK this is (e^dsigma - 1) score_y for a token y, and MASK keeps the rest of the mass. A learned
         score can promise more than there is; the rest is then clamped at zero.
         """
-        leave = torch.expm1(dsigma)[:, None, None] * score[..., : self.mask_id]
-        stay = (1 - leave.sum(-1, keepdim=True)).clamp(min=0)
-        probs = torch.cat([leave, stay], -1)
-        probs = probs / probs.sum(-1, keepdim=True)
-        return torch.where((x == self.mask_id)[..., None], probs, F.one_hot(x, self.num_states).to(probs.dtype))
+        probs, masked = torch.expm1(dsigma)[:, None, None] * score, (x == self.mask_id)[..., None]
+        probs[..., self.mask_id] = 0
+        probs[..., self.mask_id] = (1 - probs.sum(-1)).clamp(min=0)
+        probs *= masked / probs.sum(-1, keepdim=True)
+        return probs.scatter_add_(-1, x[..., None], (~masked).to(probs.dtype))
 
 
 class Uniform:
@@ -242,10 +242,10 @@ class Uniform:
         the noise of a learned score can leave less than nothing of an unlikely token; clamp it at zero.
         """
         undo, redo = torch.exp(dsigma)[:, None, None], torch.exp(-dsigma)[:, None, None]
-        before = (undo * score + (1 - undo) * score.mean(-1, keepdim=True)).clamp(min=0)
-        arrive = (1 - redo) / self.num_states + redo * F.one_hot(x, self.num_states)
-        probs = before * arrive
-        return probs / probs.sum(-1, keepdim=True)
+        before = (undo * score).add_((1 - undo) * score.mean(-1, keepdim=True)).clamp_(min=0)
+        staying = redo * before.gather(-1, x[..., None])
+        probs = before.mul_((1 - redo) / self.num_states).scatter_add_(-1, x[..., None], staying)
+        return probs.div_(probs.sum(-1, keepdim=True))
 
 
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
@@ -413,8 +413,6 @@ class SEDD(nn.Module):
     published checkpoints, where vocab_embed.weight is called vocab_embed.embedding.
     """
 
-    takes_rows = True  # the samplers may ask for the scores of some positions alone
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -451,21 +449,31 @@ class SEDD(nn.Module):
             return torch.zeros_like(sigma)
         return -torch.log(torch.expm1(sigma)) - math.log(self.config.vocab_size)
 
-    def forward(self, x, sigma, x0=None, rows=None):
+    def log_score(self, h, shift, x):
+        """Features h (..., d), shift and x (...) -> log score (..., S), float32, 0 at y = x."""
+        return self.output_layer.linear(h).float().add_(shift[..., None]).scatter_(-1, x[..., None], 0.0)
+
+    def log_score_rows(self, x, sigma, rows):
+        """For the samplers: the log scores of the positions `rows`, bool (B, L), and of no other.
+
+        Yields, a few rows at a time, their slice of x[rows] and their log scores (n, S).
+        """
+        h, shift, x = self.trunk(x, sigma)[rows], self.shift(sigma)[:, None].expand(x.shape)[rows], x[rows]
+        n = max(1, VocabularySums.ELEMENTS // self.graph.num_states)
+        for part in (slice(i, i + n) for i in range(0, len(x), n)):
+            yield part, self.log_score(h[part], shift[part], x[part])
+
+    def forward(self, x, sigma, x0=None):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
 
         With x0 (B, L): the denoising score entropy (B, L) in nats, equal to graph.score_entropy of the log
         score, in a fraction of the time and memory: only the positions that have a loss meet the vocabulary.
-        With rows, bool (B, L): the log scores of these positions alone, (rows.sum(), S).
         """
         h, shift = self.trunk(x, sigma), self.shift(sigma)[:, None].expand(x.shape)
-        head = self.output_layer.linear
         if x0 is None:
-            if rows is not None:
-                h, shift, x = h[rows], shift[rows], x[rows]
-            return (head(h).float() + shift[..., None]).scatter(-1, x[..., None], 0.0)
+            return self.log_score(h, shift, x)
 
-        rows = self.graph.can_change(x)
+        head, rows = self.output_layer.linear, self.graph.can_change(x)
         sigma = sigma[:, None].expand(x.shape)[rows]
         shift, x, x0 = shift[rows], x[rows], x0[rows]
         kind = h.device.type  # cast the head once, not once a chunk
@@ -482,7 +490,7 @@ class SEDD(nn.Module):
 # ------------------------------------------------------------------------------------------------------
 # 4. Loss. Each function takes as `model` any callable with the two forms of SEDD.forward, model(x, sigma)
 # and model(x, sigma, x0): the tests pass exact scores where training passes the network. (The samplers use
-# its rows= as well, of a model that says takes_rows.)
+# its log_score_rows as well, if there is one.)
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -571,6 +579,17 @@ def sample_categorical(probs):
     return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
 
 
+def sample_jumps(probs, here):
+    """The same draws where most tokens stay where they are: probs (R, S), here (R,) -> (R,). Overwrites probs.
+
+    Whether a token leaves is drawn first, from one number; where to, only for those that do.
+    """
+    stay = probs.gather(-1, here[:, None])[:, 0]
+    leave = probs.scatter_(-1, here[:, None], 0.0).sum(-1)
+    jumps = torch.rand(len(here), device=here.device) * (stay + leave) >= stay
+    return here.masked_scatter(jumps, sample_categorical(probs[jumps]))
+
+
 @torch.no_grad()
 def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None):
     """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in at most `steps` calls of the model.
@@ -607,19 +626,26 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
             continue
         sigma, dsigma = noise(times[step].expand(shape[0]))
         sigma_next, _ = noise(times[step + 1].expand(shape[0]))
-        log_score = model(x, sigma, rows=rows) if getattr(model, "takes_rows", False) else model(x, sigma)[rows]
-        # from here on the rows are a batch of sequences of length 1
-        score, here = log_score[:, None].exp(), x[rows][:, None]
-        sigma, dsigma, sigma_next = (s[:, None].expand(shape)[rows] for s in (sigma, dsigma, sigma_next))
-        if step == steps - 1:
-            probs = denoise_probs(graph, score, sigma, here)
-        elif sampler == "tweedie":
-            probs = graph.tweedie_probs(score, sigma - sigma_next, here)
+        here = x[rows]
+        if hasattr(model, "log_score_rows"):
+            parts = model.log_score_rows(x, sigma, rows)
         else:
-            # a step too long for its rates would leave less than nothing for staying
-            leap = dsigma[:, None, None] * graph.reverse_rate(score, here) / steps
-            probs = (F.one_hot(here, graph.num_states) + leap).clamp(min=0)
-        x = x.masked_scatter(rows, sample_categorical(probs)[:, 0])
+            parts = [(slice(None), model(x, sigma)[rows])]
+        sigma, dsigma, sigma_next = (s[:, None].expand(shape)[rows] for s in (sigma, dsigma, sigma_next))
+        drawn = torch.empty_like(here)
+        for part, log_score in parts:
+            # the rows are a batch of sequences of length 1
+            score, y = log_score.exp_()[:, None], here[part, None]
+            if step == steps - 1:
+                probs = denoise_probs(graph, score, sigma[part], y)
+            elif sampler == "tweedie":
+                probs = graph.tweedie_probs(score, (sigma - sigma_next)[part], y)
+            else:
+                # a step too long for its rates would leave less than nothing for staying
+                probs = graph.reverse_rate(score, y) * (dsigma[part, None, None] / steps)
+                probs = probs.scatter_add_(-1, y[..., None], torch.ones_like(probs[..., :1])).clamp_(min=0)
+            drawn[part] = sample_jumps(probs[:, 0], y[:, 0])
+        x = x.masked_scatter(rows, drawn)
     if callback:
         callback(steps, x)
     return x

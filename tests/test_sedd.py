@@ -240,11 +240,15 @@ def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name):
 
 
 @both_names
-def test_scores_of_some_rows_are_rows_of_the_scores(name):
+@pytest.mark.parametrize("elements", [2**23, 50, 1])  # all rows at once; chunks that do not divide; row by row
+def test_scores_of_some_rows_are_rows_of_the_scores(name, elements, monkeypatch):
+    monkeypatch.setattr(sedd.VocabularySums, "ELEMENTS", elements)
     model = random_model(name)
     x, sigma = torch.randint(11, (4, 16)), torch.rand(4)
     rows = torch.rand(4, 16) < 0.3
-    torch.testing.assert_close(model(x, sigma, rows=rows), model(x, sigma)[rows])
+    parts, scores = zip(*model.log_score_rows(x, sigma, rows))
+    torch.testing.assert_close(torch.cat(scores), model(x, sigma)[rows])
+    torch.testing.assert_close(torch.cat([x[rows][part] for part in parts]), x[rows])
 
 
 @both_names
