@@ -355,15 +355,20 @@ class VocabularySums(torch.autograd.Function):
 
     h (R, d), W (S, d), b (S,), x and x0 (R,) -> sum over y != x of e^{z_y}, sum over y != x of z_y, and z_x0
     (0 where x0 = x), each (R,) in float32. Score entropy has no softmax: it is a plain sum over y. So the
-    vocabulary can be cut into chunks that know nothing of each other, and backward computes each chunk's
-    logits again to get their gradient, g_total e^{z_y} + g_log_total + g_log_at_x0 [y = x0], 0 at y = x.
+    vocabulary can be cut into chunks that know nothing of each other. The gradient of a chunk's logits is
+    g_total e^{z_y} + g_log_total + g_log_at_x0 [y = x0], 0 at y = x: for it backward computes them again, but for
+    the first few, which forward keeps.
     """
 
-    ELEMENTS = 2**23  # logits held at a time
+    ELEMENTS = 2**23  # logits worked on at a time
+    KEPT = 2**26  # logits kept for backward, in the dtype of h
 
     @staticmethod
-    def chunks(h, W, b, x, x0):
-        """For each slice of the vocabulary: the slice, its logits, and where x and x0 lie in it (see `place`)."""
+    def chunks(h, W, b, x, x0, kept):
+        """For each slice of the vocabulary: the slice, its logits, and where x and x0 lie in it (see `place`).
+
+        The logits are taken from the list `kept`, or, as long as there is room, put into it.
+        """
         n = max(1, VocabularySums.ELEMENTS // max(1, len(h)))
 
         def place(y, start, width):
@@ -373,16 +378,20 @@ class VocabularySums(torch.autograd.Function):
             return column.clamp(0, width - 1), inside
 
         for start in range(0, len(W), n):
-            s = slice(start, start + n)
-            z = F.linear(h, W[s], b[s]).float()
+            s, i = slice(start, start + n), start // n
+            z = kept[i] if i < len(kept) else F.linear(h, W[s], b[s])
+            if i == len(kept) and (i + 1) * n * len(h) <= VocabularySums.KEPT:
+                kept.append(z)
+            z = z.to(torch.float32, copy=True)
             yield s, z, *place(x, start, z.shape[1]), *place(x0, start, z.shape[1])
 
     @staticmethod
     def forward(ctx, h, W, b, x, x0):
         ctx.save_for_backward(h, W, b, x, x0)
+        ctx.kept = []
         total, log_total, log_at_x0 = h.new_zeros(3, len(h), 1, dtype=torch.float32)
         moved = (x != x0)[:, None]
-        for _, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0):
+        for _, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0, ctx.kept):
             log_total += z.sum(1, keepdim=True) - z.gather(1, x_column) * x_here
             log_at_x0 += z.gather(1, x0_column) * (x0_here & moved)
             e = z.exp_()
@@ -395,7 +404,7 @@ class VocabularySums(torch.autograd.Function):
         h, W, b, x, x0 = ctx.saved_tensors
         g_total, g_log_total, g_log_at_x0 = g_total[:, None], g_log_total[:, None], g_log_at_x0[:, None]
         dh, dW, db = torch.zeros_like(h, dtype=torch.float32), torch.empty_like(W), torch.empty_like(b)
-        for s, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0):
+        for s, z, x_column, x_here, x0_column, x0_here in VocabularySums.chunks(h, W, b, x, x0, ctx.kept):
             dz = z.exp_().mul_(g_total).add_(g_log_total)
             dz.scatter_add_(1, x0_column, g_log_at_x0 * x0_here)
             dz.scatter_(1, x_column, dz.gather(1, x_column).masked_fill(x_here, 0.0))
