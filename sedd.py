@@ -16,6 +16,7 @@ with the learned score.
     3. Transformer   the network whose output is the log score
     4. Loss          its draw over time, and the likelihood bound
     5. Samplers      noise in, text out, with infilling
+    6. Baselines     D3PM and GPT on the same transformer
     7. Published weights
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
@@ -97,9 +98,10 @@ class GeometricNoise:
 # ------------------------------------------------------------------------------------------------------
 
 
-def score_sums(log_score, x0):
-    """log_score (..., S), 0 at y = x; x0 (...) -> total, log_total, log_at_x0, each (...)."""
-    return log_score.exp().sum(-1) - 1, log_score.sum(-1), log_score.gather(-1, x0[..., None])[..., 0]
+def score_sums(log_score, x, x0):
+    """log_score (..., S), 0 at y = x; x and x0 (...) -> total, log_total, log_at_x0, each (...)."""
+    total = log_score.exp().scatter(-1, x[..., None], 0.0).sum(-1)
+    return total, log_score.sum(-1), log_score.gather(-1, x0[..., None])[..., 0]
 
 
 def hit(x0, sigma, generator):
@@ -152,7 +154,7 @@ class Absorbing:
 
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
-        return self.entropy_from_sums(*score_sums(log_score, x0), sigma[:, None], x, x0)
+        return self.entropy_from_sums(*score_sums(log_score, x, x0), sigma[:, None], x, x0)
 
     def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
         """The same from the three sums; all arguments of one shape, or broadcast to it.
@@ -217,7 +219,7 @@ class Uniform:
 
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
-        return self.entropy_from_sums(*score_sums(log_score, x0), sigma[:, None], x, x0)
+        return self.entropy_from_sums(*score_sums(log_score, x, x0), sigma[:, None], x, x0)
 
     def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
         """The same from the three sums; all arguments of one shape, or broadcast to it.
@@ -271,6 +273,7 @@ class SEDDConfig:
     dropout: float = 0.1
     graph: Literal["absorb", "uniform"] = "absorb"
     noise: Literal["loglinear", "geometric"] = "loglinear"
+    parameterization: Literal["score", "mean", "causal"] = "score"  # the last two are baselines, section 6
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd < 1 or self.n_embd % (2 * self.n_head):
@@ -278,7 +281,7 @@ class SEDDConfig:
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width: "
                 f"try --n_embd={64 * max(1, self.n_head)}"
             )
-        for name, known in ("graph", GRAPHS), ("noise", NOISES):
+        for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
 
@@ -308,6 +311,8 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
+    causal = False
+
     def __init__(self, config):
         super().__init__()
         d = config.n_embd
@@ -326,7 +331,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, L, D)
         # float32 tables would promote q and k, and then no flash kernel takes them
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=self.causal)
         y = self.attn_out(y.transpose(1, 2).reshape(B, L, d))
         x = torch.addcmul(x, gate1, self.dropout(y))
 
@@ -458,19 +463,32 @@ class SEDD(nn.Module):
             return torch.zeros_like(sigma)
         return -torch.log(torch.expm1(sigma)) - math.log(self.config.vocab_size)
 
-    def log_score(self, h, shift, x):
-        """Features h (..., d), shift and x (...) -> log score (..., S), float32, 0 at y = x."""
-        return self.output_layer.linear(h).float().add_(shift[..., None]).scatter_(-1, x[..., None], 0.0)
+    def log_score(self, h, sigma, x):
+        """Features h (..., d), sigma and x (...) -> log score (..., S), float32, 0 at y = x."""
+        z = self.output_layer.linear(h).float()
+        return z.add_(self.shift(sigma)[..., None]).scatter_(-1, x[..., None], 0.0)
+
+    def entropy(self, h, sigma, x, x0):
+        """Features h (R, d), the others (R,) -> score entropy (R,), without the log scores."""
+        head, shift, kind = self.output_layer.linear, self.shift(sigma), h.device.type
+        # cast the head once, not once a chunk
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        total, log_total, log_at_x0 = VocabularySums.apply(
+            h.to(dtype), head.weight.to(dtype), head.bias.to(dtype), x, x0
+        )
+        total, log_total = total * shift.exp(), log_total + (self.graph.num_states - 1) * shift
+        log_at_x0 = log_at_x0 + torch.where(x == x0, 0.0, shift)
+        return self.graph.entropy_from_sums(total, log_total, log_at_x0, sigma, x, x0)
 
     def log_score_rows(self, x, sigma, rows):
         """For the samplers: the log scores of the positions `rows`, bool (B, L), and of no other.
 
         Yields, a few rows at a time, their slice of x[rows] and their log scores (n, S).
         """
-        h, shift, x = self.trunk(x, sigma)[rows], self.shift(sigma)[:, None].expand(x.shape)[rows], x[rows]
+        h, sigma, x = self.trunk(x, sigma)[rows], sigma[:, None].expand(x.shape)[rows], x[rows]
         n = max(1, VocabularySums.ELEMENTS // self.graph.num_states)
         for part in (slice(i, i + n) for i in range(0, len(x), n)):
-            yield part, self.log_score(h[part], shift[part], x[part])
+            yield part, self.log_score(h[part], sigma[part], x[part])
 
     def forward(self, x, sigma, x0=None):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
@@ -478,21 +496,11 @@ class SEDD(nn.Module):
         With x0 (B, L): the denoising score entropy (B, L) in nats, equal to graph.score_entropy of the log
         score, in a fraction of the time and memory: only the positions that have a loss meet the vocabulary.
         """
-        h, shift = self.trunk(x, sigma), self.shift(sigma)[:, None].expand(x.shape)
+        h, sigma = self.trunk(x, sigma), sigma[:, None].expand(x.shape)
         if x0 is None:
-            return self.log_score(h, shift, x)
-
-        head, rows = self.output_layer.linear, self.graph.can_change(x)
-        sigma = sigma[:, None].expand(x.shape)[rows]
-        shift, x, x0 = shift[rows], x[rows], x0[rows]
-        kind = h.device.type  # cast the head once, not once a chunk
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        total, log_total, log_at_x0 = VocabularySums.apply(
-            h[rows].to(dtype), head.weight.to(dtype), head.bias.to(dtype), x, x0
-        )
-        total, log_total = total * shift.exp(), log_total + (self.graph.num_states - 1) * shift
-        log_at_x0 = log_at_x0 + torch.where(x == x0, 0.0, shift)
-        entropy = self.graph.entropy_from_sums(total, log_total, log_at_x0, sigma, x, x0)
+            return self.log_score(h, sigma, x)
+        rows = self.graph.can_change(x)
+        entropy = self.entropy(h[rows], sigma[rows], x[rows], x0[rows])
         return torch.zeros_like(rows, dtype=entropy.dtype).masked_scatter(rows, entropy)
 
 
@@ -658,6 +666,80 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     if callback:
         callback(steps, x)
     return x
+
+
+# ------------------------------------------------------------------------------------------------------
+# 6. Baselines: what the paper compares with, on the same transformer. Nothing above needs this section.
+# ------------------------------------------------------------------------------------------------------
+
+
+class D3PM(SEDD):
+    """The mean parameterisation, D3PM in continuous time: the network predicts mu(y) = p(x0_i = y | x).
+
+    The score is the mean under mu of the known ratio p(y | x0) / p(x | x0), so it follows in closed form, and loss,
+    bound and samplers are SEDD's. From MASK it is mu_y / (e^sigma - 1). Put into the absorbing graph's score
+    entropy, with r = 1 / (e^sigma - 1) and scores that sum to r,
+
+        r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0,
+
+    whose weight dsigma r is 1 / t under log-linear noise (up to eps): the weighted cross-entropy known as MDLM.
+    Under the uniform graph, with R = 1 + N / (e^sigma - 1), the ratio is 1 / R for x0 = x, R for x0 = y and
+    1 for any other x0: score_y = mu_x / R + mu_y R + (1 - mu_x - mu_y).
+
+    The softmax needs all logits of a position at once: large vocabularies ask for memory that SEDD does not.
+    """
+
+    def log_score(self, h, sigma, x):
+        return self.log_score_of_mean(self.output_layer.linear(h).float(), sigma, x)
+
+    def log_score_of_mean(self, logits, sigma, x):
+        """Logits of mu (..., S), sigma and x (...) -> log score (..., S), 0 at y = x. MASK has no part in mu."""
+        if self.graph.mask_id is not None:
+            log_mu = logits[..., : self.graph.mask_id].log_softmax(-1)
+            log_score = F.pad(log_mu - torch.log(torch.expm1(sigma))[..., None], (0, 1))
+        else:
+            mu, R = logits.softmax(-1), (1 + self.graph.num_states / torch.expm1(sigma))[..., None]
+            at_x, others = mu.gather(-1, x[..., None]), mu.scatter(-1, x[..., None], 0.0).sum(-1, keepdim=True)
+            log_score = (at_x / R + mu * (R - 1) + others).log()
+        return log_score.scatter(-1, x[..., None], 0.0)
+
+    def entropy(self, h, sigma, x, x0):
+        return self.graph.entropy_from_sums(*score_sums(self.log_score(h, sigma, x), x, x0), sigma, x, x0)
+
+
+class GPT(SEDD):
+    """The yardstick: the same blocks, causal, at sigma = 0 always; it predicts each token from those before it.
+
+    Built with the absorbing graph, whose MASK stands for the beginning of the text.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.causal = True
+
+    def logits(self, x):
+        """x (B, L), its first token MASK -> logits of the next tokens (B, L, V)."""
+        h = self.trunk(x, torch.zeros(len(x), device=x.device))
+        return self.output_layer.linear(h)[..., : self.config.vocab_size].float()
+
+    def forward(self, x0):
+        """x0 (B, L) -> -log p(x0_i | x0_1 ... x0_i-1), (B, L), in nats, exactly."""
+        before = F.pad(x0[:, :-1], (1, 0), value=self.graph.mask_id)
+        return F.cross_entropy(self.logits(before).transpose(1, 2), x0, reduction="none")
+
+    @torch.no_grad()
+    def sample(self, prompt, callback=None):
+        """prompt (B, L), tokens to begin with and then -1 -> (B, L), a token a call, all of its past computed anew."""
+        x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
+        for i in range(int((prompt >= 0).all(0).sum()), prompt.shape[1]):
+            x[:, i + 1] = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1))
+            if callback:
+                callback(i + 1, x[:, 1:])
+        return x[:, 1:]
+
+
+MODELS = {"score": SEDD, "mean": D3PM, "causal": GPT}
 
 
 # ------------------------------------------------------------------------------------------------------

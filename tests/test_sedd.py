@@ -255,7 +255,7 @@ def test_scores_of_some_rows_are_rows_of_the_scores(name, elements, monkeypatch)
 def test_attention_runs_in_the_compute_dtype(name, monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: (seen.extend(t.dtype for t in qkv), attention(*qkv))[1])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **how: (seen.extend(t.dtype for t in qkv), attention(*qkv, **how))[1])
     with torch.autocast("cpu", torch.bfloat16):
         log_score = random_model(name)(torch.randint(11, (2, 16)), torch.rand(2))
     assert set(seen) == {torch.bfloat16} and log_score.dtype == torch.float32
@@ -361,3 +361,20 @@ def test_a_tiny_model_memorises_a_sentence_and_both_samplers_write_it(name):
         written = sample(model, model.graph, model.noise, (32, n), 64, sampler)
         texts = ["".join(chars[i] for i in row) for row in written.tolist()]
         assert sum(text in 2 * sentence for text in texts) >= 24, texts
+
+
+@pytest.mark.parametrize("stays", [0.98, 0.3, 0.0])
+def test_jumps_are_draws_from_the_plain_posterior(stays):
+    """Pearson's chi-square of 200,000 draws in two parts, whether and where to, against the row; false alarm 1e-6."""
+    from scipy.stats import chi2
+
+    n, probs = 200_000, torch.rand(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    probs[2] = 0
+    probs = probs * (1 - stays) / probs.sum()
+    probs[2] = stays
+    torch.manual_seed(2)
+    drawn = sedd.sample_jumps(3.7 * probs.float().repeat(n, 1), torch.full((n,), 2))
+    expected, counts = n * probs, torch.bincount(drawn, minlength=7)
+    cells = expected > 0
+    assert counts[~cells].sum() == 0
+    assert ((counts - expected) ** 2 / expected)[cells].sum() < chi2.isf(1e-6, int(cells.sum()) - 1)
