@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import fail, parse
-from sedd import SEDD, SEDDConfig, diffusion_loss, nll_bound
+from sedd import GPT, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Options:
     # model
     graph: Literal["absorb", "uniform"] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal["loglinear", "geometric"] = "loglinear"  # how noise grows with time
+    parameterization: Literal["score", "mean", "causal"] = "score"  # what is learned: SEDD, D3PM, or GPT
     block_size: int = 128  # tokens in a sequence
     n_layer: int = 4  # transformer blocks
     n_head: int = 3  # attention heads
@@ -135,7 +136,8 @@ def load_model(start):
     """
     if (Path(start) / "ckpt.pt").is_file():
         checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
-        model = SEDD(SEDDConfig(**checkpoint["config"]))
+        config = SEDDConfig(**checkpoint["config"])
+        model = MODELS[config.parameterization](config)
         model.load_state_dict(checkpoint["ema"])
         return model.eval(), checkpoint["meta"]
     try:
@@ -205,7 +207,7 @@ def mixed_seed(*numbers):
 
 
 def evaluate(model, x0, num_times, seed, rank, world, device, dtype):
-    """Mean likelihood bound of x0 (n, L) and its standard error over sequences, in nats per token.
+    """Mean likelihood bound of x0 (n, L) and its standard error over sequences, in nats per token; exact for GPT.
 
     Sequences, times and noise are the same at every call and for every number of processes.
     """
@@ -214,8 +216,10 @@ def evaluate(model, x0, num_times, seed, rank, world, device, dtype):
     for k, rows in enumerate(torch.arange(len(x0)).split(16)):
         if k % world == rank:
             torch.manual_seed(mixed_seed(seed, k))
-            with autocast(device, dtype):
-                bounds[rows] = nll_bound(model, model.graph, model.noise, x0[rows].to(device), num_times).cpu()
+            x = x0[rows].to(device)
+            with torch.no_grad(), autocast(device, dtype):
+                bounds[rows] = (model(x).sum(-1) if isinstance(model, GPT)
+                                else nll_bound(model, model.graph, model.noise, x, num_times)).cpu()  # fmt: skip
     if world > 1:
         bounds = bounds.to(device)
         dist.all_reduce(bounds)
@@ -278,7 +282,7 @@ def train(o, explicit):
     torch.manual_seed(o.seed)
     try:
         config = SEDDConfig(data.meta["vocab_size"], o.block_size, o.n_layer, o.n_head, o.n_embd, o.cond_dim,
-                            o.dropout, o.graph, o.noise)  # fmt: skip
+                            o.dropout, o.graph, o.noise, o.parameterization)  # fmt: skip
     except ValueError as error:
         fail(str(error))
     if main and not o.eval_only:
@@ -292,7 +296,7 @@ def train(o, explicit):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
 
-    model = SEDD(config).to(device)
+    model = MODELS[o.parameterization](config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
     start = 0
@@ -347,7 +351,8 @@ def train(o, explicit):
             wait = world > 1 and i + micro < share
             with trained.no_sync() if wait else contextlib.nullcontext():
                 with autocast(device, dtype):
-                    loss = diffusion_loss(trained, model.graph, model.noise, x0, t, x).mean()
+                    loss = (trained(x0).sum(-1) if isinstance(model, GPT)
+                            else diffusion_loss(trained, model.graph, model.noise, x0, t, x)).mean()  # fmt: skip
                 (loss * (micro / share / o.block_size)).backward()
             losses.append(loss.detach() / o.block_size)
         if o.grad_clip:
