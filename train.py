@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -83,9 +84,7 @@ def find_device(name):
     except Exception:
         fail(f"device={name!r} is not to be had here: try --device=auto")
     if device.type == "cpu":
-        # in bfloat16 the CPU's flash kernel takes up to four times as long as the formula it stands for
-        torch.backends.cuda.enable_flash_sdp(False)  # the switches of SDPA, of all devices
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # a switch of SDPA on all devices
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: fetching it anew is a tenth of a large step
             ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0), ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return device
@@ -103,6 +102,11 @@ def find_dtype(name, device):
 
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def training_attention(device):
+    """On the CPU flash attention is the fastest forward, but its backward takes up to four times the formula's."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -350,7 +354,7 @@ def train(o, explicit):
             x0, t, x = (tensor.to(device, non_blocking=True) for tensor in batch)
             wait = world > 1 and i + micro < share
             with trained.no_sync() if wait else contextlib.nullcontext():
-                with autocast(device, dtype):
+                with autocast(device, dtype), training_attention(device):
                     loss = (trained(x0).sum(-1) if isinstance(model, GPT)
                             else diffusion_loss(trained, model.graph, model.noise, x0, t, x)).mean()  # fmt: skip
                 (loss * (micro / share / o.block_size)).backward()

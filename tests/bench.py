@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sedd import SEDD, SEDDConfig, diffusion_loss, low_discrepancy_times, sample  # noqa: E402
-from train import autocast, find_device  # noqa: E402
+from train import autocast, find_device, training_attention  # noqa: E402
 
 SHAPES = {  # name: batch, vocabulary, and n_layer, n_head, n_embd, cond_dim, block_size
     "gpt2-small": (1, 50257, dict(block_size=1024)),
@@ -94,13 +94,13 @@ class Bench:
         return self.model.graph.score_entropy(self.model(x, sigma), sigma, x, x0)
 
     def trunk(self):
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), training_attention(self.device):
             features = self.model.trunk(self.x, self.sigma)
         features.float().square().mean().backward()
         self.optimizer.zero_grad()
 
     def loss(self, model):
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), training_attention(self.device):
             loss = diffusion_loss(model, self.model.graph, self.model.noise, self.x0, self.t, self.x).mean()
         loss.backward()
 
