@@ -1,0 +1,332 @@
+"""Four systems on the same work: python tests/experiments.py train|quality|infill|draw|tables
+
+SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
+parameters, tokens and optimiser. Run `python prepare.py shakespeare_char` (and `python prepare.py`) first.
+
+train     every training: for each system the best of three learning rates, chosen by validation after a third of the
+          steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
+quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
+infill    hidden parts of held-out passages, written again.
+draw      the pictures of the README, assets/*.svg.
+tables    the tables of the README.
+
+Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
+in out/experiments/.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import sedd  # noqa: E402
+from train import autocast, evaluate, find_device, find_dtype, load_model  # noqa: E402
+
+RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
+TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
+TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
+SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
+RATES, SEEDS, STEPS = (1e-3, 2e-3, 4e-3), (1, 2, 3), 2000
+lock = threading.Lock()  # the random state is the process's
+
+
+def data(split, dataset="shakespeare_char"):
+    """All tokens of a split, and the meta of the data set."""
+    meta = json.loads((ROOT / "data" / dataset / "meta.json").read_text(encoding="utf-8"))
+    return torch.from_numpy(np.fromfile(ROOT / "data" / dataset / f"{split}.bin", meta["dtype"]).astype(np.int64)), meta
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
+    return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}"
+
+
+def log_of(*run):
+    """The lines of a finished run, of which the last has the test split's bound; None before."""
+    path = RESULTS / f"{name_of(*run)}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else None
+
+
+def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
+    """Train and test, if it is not done yet."""
+    name, times = system
+    run = system, rate, seed, steps, dataset
+    out = WEIGHTS / name_of(*run)
+    if log_of(*run) and (out / "ckpt.pt").is_file():
+        return
+    options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
+                   max_steps=steps, init_from="resume" if (out / "ckpt.pt").is_file() else "scratch")  # fmt: skip
+    options |= dict(eval_sequences=96, eval_times=8, save_interval=250)
+    began = time.perf_counter()
+    command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
+    done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    with lock:
+        bound, error = test_bound(out, dataset)
+    lines = (out / "log.jsonl").read_text()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{out.name}.jsonl").write_text(lines + json.dumps({"test": bound, "test_error": error}) + "\n")
+    print(f"{out.name}: test {bound:.4f} ± {error:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def test_bound(out, dataset):
+    """Bound (of GPT: the value) over the whole test split, nats per character, and its standard error."""
+    model, meta = load_model(out)
+    tokens, _ = data("test", dataset)
+    L = model.config.block_size
+    blocks = tokens[: len(tokens) // L * L].view(-1, L)
+    device = find_device("cpu")
+    return evaluate(model, blocks, 32, 0, 0, 1, device, find_dtype("auto", device))
+
+
+def best_rate(system):
+    return min(RATES, key=lambda rate: last_validation(log_of(system, rate, SEEDS[0], STEPS // 3)))
+
+
+def last_validation(log):
+    return [line["val_bound"] for line in log if "val_bound" in line][-1]
+
+
+def best_times(name):
+    """The times with which this system's bound is lower, over seeds."""
+    return min((s for s in SYSTEMS if s[0] == name), key=lambda s: statistics.mean(tests(s)))
+
+
+def tests(system):
+    return [log[-1]["test"] for seed in SEEDS if (log := log_of(system, best_rate(system), seed, STEPS))]
+
+
+def train(a):
+    def all_of(runs):
+        with concurrent.futures.ThreadPoolExecutor(a.jobs) as pool:
+            for done in [pool.submit(run_training, *run) for run in runs]:
+                done.result()
+
+    all_of((system, rate, SEEDS[0], STEPS // 3) for system in SYSTEMS for rate in RATES)
+    all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in SYSTEMS)
+    winners = [best_times(name) for name in TITLES]
+    all_of((system, best_rate(system), SEEDS[0], STEPS, "pydocs") for system in winners)
+
+
+# --------------------------------------------------------------------------------- samples, judged by another GPT
+
+
+def load(name, seed):
+    """The trained model of a system, with its winning times and rate, on the CPU."""
+    system = best_times(name)
+    return load_model(WEIGHTS / name_of(system, best_rate(system), seed, STEPS))[0]
+
+
+def perplexity(judge, x):
+    """The judge's perplexity of the texts x (B, L), all tokens together."""
+    with torch.no_grad():
+        return math.exp(judge(x).mean().item())
+
+
+def entropy(x):
+    """Entropy in nats of the frequencies of the characters in x."""
+    p = torch.bincount(x.flatten()).double() / x.numel()
+    return -torch.xlogy(p, p).sum().item()
+
+
+def write(model, prompt, steps=128, sampler="tweedie"):
+    """The sequences that a model makes of prompt (B, L); GPT goes through them from left to right."""
+    device = torch.device("cpu")
+    with autocast(device, find_dtype("auto", device)):
+        if isinstance(model, sedd.GPT):
+            return model.sample(prompt)
+        return sedd.sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt)
+
+
+def measured(path, key, measure):
+    """What `measure` returns for this key (a dict), read from the file at `path` if it has been measured before."""
+    path = RESULTS / path
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for line in lines:
+        if key.items() <= line.items():
+            return line
+    line = key | measure()
+    with open(path, "a") as file:
+        print(json.dumps(line), file=file)
+    print(line, flush=True)
+    return line
+
+
+def quality(a):
+    judge = load("gpt", SEEDS[1])
+    L = judge.config.block_size
+    nothing = torch.full((64, L), -1)
+
+    def judged(name, steps=0, sampler=""):
+        model = load(name, SEEDS[0])
+        write(model, nothing[:, :2], 1)  # warm up
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        x = write(model, nothing, steps, sampler)
+        seconds = time.perf_counter() - began
+        return {"perplexity": perplexity(judge, x), "entropy": entropy(x), "seconds": seconds}
+
+    corpus = data("test")[0]
+    measured("quality.jsonl", {"system": "corpus"}, lambda: {
+        "perplexity": perplexity(judge, corpus[: 64 * L].view(64, L)), "entropy": entropy(corpus)})  # fmt: skip
+    measured("quality.jsonl", {"system": "gpt"}, lambda: judged("gpt"))
+    for steps in 8, 16, 32, 64, 128, 256, 512:
+        for name in "absorb", "uniform", "d3pm":
+            for sampler in "tweedie", "euler":
+                key = {"system": name, "steps": steps, "sampler": sampler}
+                measured("quality.jsonl", key, lambda: judged(name, steps, sampler))
+
+
+def infill(a):
+    judge, (corpus, _) = load("gpt", SEEDS[1]), data("test")
+    L = judge.config.block_size
+    passages = corpus[: len(corpus) // L * L].view(-1, L)[::3][:128]
+    measured("infill.jsonl", {"system": "corpus"}, lambda: {"perplexity": perplexity(judge, passages)})
+    order = torch.arange(L)
+    scattered = torch.randperm(L, generator=torch.Generator().manual_seed(0)).argsort()
+    for where, rank in {"middle": (order - L // 3) % L, "prefix": order, "suffix": L - 1 - order,
+                        "scattered": scattered}.items():  # fmt: skip
+        hidden = rank < L // 3
+
+        def infilled(name):
+            prompt = torch.where(hidden, -1, passages)
+            if name == "gpt":  # it cannot see what follows
+                prompt[:, hidden.nonzero()[0, 0] :] = -1
+            torch.manual_seed(0)
+            x = torch.where(hidden, write(load(name, SEEDS[0]), prompt), passages)
+            match = (x == passages)[:, hidden].double().mean().item()
+            return {"perplexity": perplexity(judge, x), "match": match}
+
+        for name in TITLES if where in ("middle", "suffix") else ("absorb", "uniform", "d3pm"):
+            measured("infill.jsonl", {"where": where, "system": name}, lambda: infilled(name))
+
+
+# -------------------------------------------------------------------------------------- pictures and tables
+
+
+def results(path):
+    path = RESULTS / path
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+COLOURS = {"absorb": "C0", "uniform": "C1", "d3pm": "C2", "gpt": "black"}
+
+
+def draw(a):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "sedd", "axes.spines.top": False,
+                                "axes.spines.right": False, "font.size": 10})  # fmt: skip
+    import matplotlib.pyplot as plt
+
+    def save(figure, name):
+        figure.savefig(ROOT / "assets" / name, bbox_inches="tight", metadata={"Date": None})
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, times in SYSTEMS:
+        log = log_of((name, times), best_rate((name, times)), SEEDS[0], STEPS)
+        curve = [(line["step"], line["val_bound"]) for line in log or [] if "val_bound" in line]
+        label = TITLES[name] + ("" if name == "gpt" else f", {TIMES[times]} times")
+        axes.plot(*zip(*curve), color=COLOURS[name], ls="--" if times == "uniform" else "-", label=label)
+    axes.set(xlabel="training steps", ylabel="validation, nats per character", ylim=(None, 3.2))
+    axes.legend(frameon=False)
+    save(figure, "curves.svg")
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    lines = results("quality.jsonl")
+    for x, axis in zip(("steps", "seconds"), axes):
+        for name in "absorb", "uniform", "d3pm":
+            for sampler in "tweedie", "euler":
+                mine = [line for line in lines if line["system"] == name and line["sampler"] == sampler]
+                axis.plot([line[x] for line in mine], [line["perplexity"] for line in mine], ".:" if sampler == "euler"
+                          else ".-", color=COLOURS[name], label=f"{TITLES[name]}, {sampler.title()}")  # fmt: skip
+        gpt, corpus = (next(line for line in lines if line["system"] == s) for s in ("gpt", "corpus"))
+        if x == "seconds":
+            axis.plot(gpt["seconds"], gpt["perplexity"], "*", color=COLOURS["gpt"], label="GPT")
+        else:
+            axis.axhline(gpt["perplexity"], color=COLOURS["gpt"], label="GPT, 128 calls")
+        axis.axhline(corpus["perplexity"], color="grey", ls="--", label="held-out text")
+        axis.set(xscale="log", yscale="log")
+    axes[0].set(xlabel="network calls", ylabel="perplexity under another GPT")
+    axes[0].set_xticks(ticks := [8, 16, 32, 64, 128, 256, 512], ticks)
+    axes[1].set(xlabel="seconds for 64 texts")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, "quality.svg")
+
+    rows, length = 21, 56
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
+    vocabulary = data("test")[1]["vocab"]
+    for name, axis in zip(("absorb", "uniform"), axes):
+        states, model = [], load(name, SEEDS[0])
+        torch.manual_seed(3)
+        sedd.sample(model, model.graph, model.noise, (1, length), 8 * (rows - 1), callback=lambda i, x: states.append(x[0]))
+        for row, x in enumerate(states[:: 8]):
+            for column, token in enumerate(x.tolist()):
+                if token == model.graph.mask_id:
+                    axis.add_patch(plt.Rectangle((column - 0.5, row - 0.42), 1, 0.84, color="0.85", lw=0))
+                else:
+                    done = all(state[column] == token for state in states[8 * row :])
+                    axis.text(column, row, vocabulary[token].replace("\n", "¶").replace("$", r"\$"), ha="center", va="center",
+                              family="monospace", fontsize=8, color="black" if done else "C1")  # fmt: skip
+        axis.set(xlim=(-1, length), ylim=(rows - 0.4, -0.6), title=TITLES[name], xlabel="position", xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel("time, from noise (above) to text (below)")
+    save(figure, "writing.svg")
+
+
+def table(head, rows):
+    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def tables(a):
+    spread = lambda values: f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")  # fmt: skip
+    rows = []
+    for system in SYSTEMS:
+        rate = best_rate(system)
+        searched = ", ".join(f"{last_validation(log_of(system, r, SEEDS[0], STEPS // 3)):.3f}" for r in RATES)
+        pydocs = log_of(system, rate, SEEDS[0], STEPS, "pydocs")
+        rows.append([TITLES[system[0]], "" if system[0] == "gpt" else TIMES[system[1]], searched, f"{rate:g}",
+                     spread(tests(system)), f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
+    table(["system", "times of training", f"validation after {STEPS // 3} steps at rates {', '.join(f'{r:g}' for r in RATES)}",
+           "rate", "test, Shakespeare", "test, pydocs"], rows)  # fmt: skip
+    table(["system", "sampler", "calls", "judge's perplexity", "entropy", "seconds"], [
+        [TITLES.get(r["system"], "held-out text"), r.get("sampler", ""), r.get("steps", ""), f"{r['perplexity']:.2f}",
+         f"{r['entropy']:.2f}", f"{r['seconds']:.1f}" if "seconds" in r else ""] for r in results("quality.jsonl")])  # fmt: skip
+    table(["hidden third", "system", "judge's perplexity of the passage", "characters as in the original"], [
+        [r.get("where", ""), TITLES.get(r["system"], "held-out text"), f"{r['perplexity']:.2f}",
+         f"{r['match']:.3f}" if "match" in r else ""] for r in results("infill.jsonl")])  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {f.__name__: f for f in (train, quality, infill, draw, tables)}
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, a core each")
+    a = parser.parse_args()
+    if a.command == "train":
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // a.jobs))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    commands[a.command](a)
+
+
+if __name__ == "__main__":
+    main()
