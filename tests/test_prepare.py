@@ -1,0 +1,352 @@
+"""Data sets of the hub, prepared from small folders of the same schema through the real `datasets` loader."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_scripts import ROOT, call, complains, files, run, works
+
+import prepare
+
+EOT = 50256
+NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs GPT-2's BPE files: set TIKTOKEN_CACHE_DIR"
+)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    import tiktoken
+
+    return tiktoken.get_encoding("gpt2").encode_ordinary
+
+
+def make(folder, splits, kind="parquet", column="text"):
+    """A folder as `datasets` finds it: train.parquet, validation.jsonl, test.txt, ..."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        path = folder / f"{split}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({column: rows, "id": list(range(len(rows)))}), path)
+        elif kind == "jsonl":
+            path.write_text("".join(json.dumps({column: row}) + "\n" for row in rows), encoding="utf-8")
+        else:
+            path.write_text("\n".join(rows), encoding="utf-8", newline="\n")
+    return folder
+
+
+def read(folder):
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert {p.stem for p in folder.glob("*.bin")} == set(meta["sizes"]) == set(meta["bytes"])
+    splits = {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]).tolist() for split in meta["sizes"]}
+    assert meta["sizes"] == {split: len(tokens) for split, tokens in splits.items()}
+    return meta, splits
+
+
+# Rows as each set has them, and the text that a model is to read.
+ROWS = {
+    "owt": [("One page.\n\nIts second paragraph — naïve.\n", "One page.\n\nIts second paragraph — naïve.\n")],
+    "wikitext2": [
+        ("", ""),
+        (" = Robert <unk> = \n", "= Robert <unk> =\n"),
+        (" = = Early life = = \n", "== Early life ==\n"),
+        (" = = = At 3 @.@ 5 litres = = = \n", "=== At 3.5 litres ===\n"),
+        (' The 18 @-@ gun ship ( 1 @,@ 234 tons ) didn \'t sail : the crew said " No . " , he wrote ; why ? \n',
+         'The 18-gun ship (1,234 tons) didn\'t sail: the crew said "No.", he wrote; why?\n'),
+        (" The players ' union ( 1990 – 1995 , see [ 3 ] ) paid $ 5 to Hood 's band . \n",
+         "The players' union (1990 – 1995, see [3]) paid $5 to Hood's band.\n"),
+    ],
+    "ptb": [
+        ("mr. <unk> said the company 's shares did n't rise N N to $ N billion",
+         "mr. <unk> said the company's shares didn't rise 1 1 to $1 billion"),
+        ("the workers ' union wo n't pay # N in the u.s. or NATO",
+         "the workers' union won't pay #1 in the u.s. or NATO"),
+    ],
+    "lambada": [
+        (" “ I don’t know , ” he said .\nThen she left with the dog ",
+         '\n" I don\'t know , " he said .\nThen she left with the dog'),
+    ],
+    "lm1b": [
+        ('" It \'s a fine day , " said Mr. Smith ( Reuters ) - " Is it ? " he asked .',
+         '"It\'s a fine day," said Mr. Smith (Reuters) - "Is it?" he asked.'),
+        ("He said : ' it 's over ' and \" I read ' no ' \" .", "He said: 'it's over' and \"I read 'no'\"."),
+        ("They didn 't pay £ 5m or 7 % -- the Bulls ' coach said : no !",
+         "They didn't pay £5m or 7% -- the Bulls' coach said: no!"),
+    ],
+}  # fmt: skip
+ROWS["wikitext103"] = ROWS["wikitext2"]
+SPLITS = {
+    "owt": ["train"], "lambada": ["test"], "lm1b": ["train", "test"],
+    **{name: ["train", "validation", "test"] for name in ("wikitext2", "wikitext103", "ptb")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_detokenizer(name):
+    for row, text in ROWS[name]:
+        assert prepare.SETS[name].detokenize(row) == text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("name", ROWS)
+def test_set_is_its_texts_each_with_an_end(name, kind, tmp_path, bpe):
+    column = "sentence" if name == "ptb" else "text"
+    examples = {split: ROWS[name] * (3 + i) for i, split in enumerate(SPLITS[name])}
+    make(tmp_path / "mine", {s: [row for row, _ in pairs] for s, pairs in examples.items()}, kind, column)
+    done = works(call("prepare.py", name, "--source=mine", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data" / name)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("gpt2", 50257, "<u2")
+    if name == "owt":  # three equal documents, one of them chosen for validation
+        examples = {"val": examples["train"][:1], "train": examples["train"][1:]}
+    examples = {split.replace("validation", "val"): pairs for split, pairs in examples.items()}
+    assert splits == {s: [i for _, text in pairs for i in [*bpe(text), EOT]] for s, pairs in examples.items()}
+    assert meta["bytes"] == {s: sum(len(text.encode()) for _, text in pairs) for s, pairs in examples.items()}
+    for split, tokens in splits.items():
+        assert f"{split} {len(tokens):,}" in done.stdout
+
+
+def test_lines_of_text_files_are_examples(tmp_path, bpe):
+    rows, texts = zip(*ROWS["lm1b"])
+    make(tmp_path / "mine", {"test": rows}, "txt")
+    works(call("prepare.py", "lm1b", "--source=mine", cwd=tmp_path))
+    assert read(tmp_path / "data/lm1b")[1] == {"test": [i for text in texts for i in [*bpe(text), EOT]]}
+
+
+# --------------------------------------------------------------------------------------------------- one long text
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_text8(kind, tmp_path):
+    text = " anarchism originated as a term of abuse first used against early" * 40
+    n = len(text)
+    make(tmp_path / "whole", {"train": [text]}, kind)
+    works(call("prepare.py", "text8", "--source=whole", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data/text8")
+    alphabet = " abcdefghijklmnopqrstuvwxyz"
+    assert (meta["tokenizer"], meta["vocab_size"], "".join(meta["vocab"])) == ("char", 27, alphabet)
+    assert meta["bytes"] == meta["sizes"] == {"train": int(0.9 * n), "val": n // 20, "test": n - int(0.95 * n)}
+    assert "".join(alphabet[i] for split in ("train", "val", "test") for i in splits[split]) == text
+
+    a, b = meta["sizes"]["train"], n - meta["sizes"]["test"]
+    make(tmp_path / "parts", {"train": [text[:a]], "validation": [text[a:b]], "test": [text[b:]]}, kind)
+    works(call("prepare.py", "text8", "--source=parts", "--data_dir=again", cwd=tmp_path))
+    assert read(tmp_path / "again/text8")[1] == splits
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_bytes_of_a_text_of_ones_own(tokenizer, tmp_path):
+    text = "Größe, naïve — 日本語 🙂 and plain words\n" * 30
+    (tmp_path / "some.txt").write_text(text, encoding="utf-8")
+    works(call("prepare.py", "mine", "--input=some.txt", f"--tokenizer={tokenizer}", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data/mine")
+    decode = prepare.Tokenizer(meta).decode
+    assert meta["bytes"] == {split: len(decode(tokens).encode()) for split, tokens in splits.items()}
+    assert sum(meta["bytes"].values()) == len(text.encode())
+
+
+def test_long_text8_is_encoded_in_pieces(tmp_path):
+    text = np.random.default_rng(0).choice(list(" abcdefghijklmnopqrstuvwxyz"), 1_500_000)
+    make(tmp_path / "mine", {"test": ["".join(text)]})
+    works(call("prepare.py", "text8", "--source=mine", cwd=tmp_path))
+    _, splits = read(tmp_path / "data/text8")
+    assert "".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in splits["test"]) == "".join(text)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "txt"])
+def test_shakespeare_is_one_text(kind, tmp_path, bpe):
+    play = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
+    make(tmp_path / "mine", {"train": [play * 3], "validation": [play], "test": [play]}, kind)
+    works(call("prepare.py", "shakespeare", "--source=mine", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data/shakespeare")
+    assert splits == {"train": bpe(play * 3), "val": bpe(play), "test": bpe(play)}
+    assert meta["bytes"] == {"train": 3 * len(play), "val": len(play), "test": len(play)}
+
+
+# ------------------------------------------------------------------------------------------------------------- owt
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """4,000 documents, each of which names its number."""
+    home = tmp_path_factory.mktemp("pages")
+    make(home / "mine", {"train": [f"Page {i}" + " and so on" * (i % 7) for i in range(4000)]})
+    return home
+
+
+def documents(tokens, decode):
+    texts = decode(tokens).split("<|endoftext|>")
+    assert texts.pop() == ""
+    return texts
+
+
+def test_owt_validates_on_one_document_of_2000(pages):
+    import tiktoken
+
+    decode = tiktoken.get_encoding("gpt2").decode
+    drawn = []
+    for folder, seed in ("a", 0), ("b", 0), ("c", 1):
+        works(call("prepare.py", "owt", "--source=mine", f"--data_dir={folder}", f"--seed={seed}", cwd=pages))
+        _, splits = read(pages / folder / "owt")
+        train, val = (documents(splits[s], decode) for s in ("train", "val"))
+        numbers = [[int(text.split()[1]) for text in texts] for texts in (train, val)]
+        assert numbers[0] == sorted(numbers[0]) and sorted(sum(numbers, [])) == list(range(4000))
+        assert [i // 2000 for i in numbers[1]] == [0, 1]  # 0.05%, spread over the set
+        drawn.append(numbers[1])
+    assert files(pages / "a") == files(pages / "b")
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_workers_leave_no_trace_in_the_files(pages):
+    for workers in 1, 3:
+        works(call("prepare.py", "owt", "--source=mine", f"--data_dir=w{workers}", f"--workers={workers}", cwd=pages))
+    assert files(pages / "w1") == files(pages / "w3")
+
+
+def rss_of_tree(pid):
+    """Resident bytes of a process and its descendants."""
+    try:
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return total + sum(rss_of_tree(child) for child in children)
+
+
+def start(folder, *args, **kwargs):
+    return subprocess.Popen([sys.executable, ROOT / "prepare.py", *args], cwd=folder, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hundred_mb(tmp_path_factory):
+    home = tmp_path_factory.mktemp("much")
+    page = "The quick brown fox jumps over the lazy dog, and then it rests for a while in the shade.\n" * 60
+    rows = [f"{i} {page}" for i in range(1000)]
+    for k in range(20):
+        make(home / "mine", {f"train-{k:05}-of-00020": rows})
+    return home, 20 * sum(len(row) for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_stays_flat(hundred_mb):
+    home, num_bytes = hundred_mb
+    assert num_bytes > 100e6
+    with start(home, "owt", "--source=mine") as process:
+        peak = 0  # bytes
+        while process.poll() is None:
+            peak = max(peak, rss_of_tree(process.pid))
+            time.sleep(0.05)
+        assert process.returncode == 0, process.stderr.read()
+    meta = json.loads((home / "data/owt/meta.json").read_text())
+    assert sum(meta["bytes"].values()) == num_bytes and sum(meta["sizes"].values()) > num_bytes / 6
+    assert 50e6 < peak < 600e6
+
+
+# -------------------------------------------------------------------------------------------------- clumsy or cut off
+
+
+def test_stopped_midway_leaves_the_data_as_it_was(hundred_mb, tmp_path):
+    make(tmp_path / "small", {"train": ["An earlier text."] * 10})
+    works(call("prepare.py", "owt", "--source=small", cwd=tmp_path))
+    before = files(tmp_path)
+    with start(tmp_path, "owt", f"--source={hundred_mb[0]}/mine") as process:
+        while process.poll() is None and sum(p.stat().st_size for p in tmp_path.glob("data/.owt-*/train.bin")) < 1e6:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+    assert files(tmp_path) == before and os.listdir(tmp_path / "data") == ["owt"]
+
+
+def test_full_disk_leaves_the_data_as_it_was(pages, tmp_path):
+    make(tmp_path / "small", {"train": ["An earlier text."] * 10})
+    works(call("prepare.py", "owt", "--source=small", cwd=tmp_path))
+    before = files(tmp_path)
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    with start(tmp_path, "owt", f"--source={pages}/mine", preexec_fn=full) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.splitlines() == ["prepare.py: error: cannot write data/owt: File too large"]
+    assert files(tmp_path) == before and os.listdir(tmp_path / "data") == ["owt"]
+
+
+def test_splits_that_a_set_lacks_are_gone(tmp_path):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    works(call("prepare.py", "lambada", "--input=some.txt", cwd=tmp_path))
+    make(tmp_path / "mine", {"test": ["A passage."]})
+    works(call("prepare.py", "lambada", "--source=mine", cwd=tmp_path))
+    assert sorted(p.name for p in (tmp_path / "data/lambada").iterdir()) == ["meta.json", "test.bin"]
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "text8"])
+def test_unreachable_hub_in_a_real_process(name, tmp_path):
+    began = time.monotonic()
+    done = run("prepare.py", name, cwd=tmp_path, HF_HOME=str(tmp_path / "hf"), **NO_NETWORK)
+    assert time.monotonic() - began < 15
+    complains(done, "prepare.py", prepare.SETS[name].path, "go online", f"python prepare.py {name} --source FOLDER")
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_bpe_files_in_a_real_process(tmp_path):
+    make(tmp_path / "mine", {"test": ["A passage."]})
+    (tmp_path / "empty").mkdir()
+    env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), **NO_NETWORK}
+    done = run("prepare.py", "lambada", "--source=mine", cwd=tmp_path, **env)
+    complains(done, "prepare.py", "GPT-2's BPE files", "go online once", "TIKTOKEN_CACHE_DIR")
+    assert not (tmp_path / "data").exists()
+
+
+def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
+    from tiktoken import registry
+
+    monkeypatch.setattr(registry, "ENCODINGS", {})  # as in a fresh process
+    for key, value in {"TIKTOKEN_CACHE_DIR": str(tmp_path), **NO_NETWORK}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR") as error:
+        prepare.Tokenizer({"tokenizer": "gpt2", "vocab_size": 50257})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("ptb --source=good", ["good", "column 'sentence'"]),
+        ("lm1b --source=numbers", ["numbers", "column 'text'"]),
+        ("lambada --source=trainonly", ["trainonly", "no split test", "only train"]),
+        ("lm1b --source=nowhere", ["'nowhere'", "not a folder"]),
+        ("lm1b --source=good/test.parquet", ["'good/test.parquet'", "not a folder"]),
+        ("lm1b --source=empty", ["could not read empty", "EmptyDatasetError"]),
+        ("lm1b --source=noise", ["could not read noise", "magic bytes"]),
+        ("text8 --source=good", ["no character 'A'", "27"]),
+        ("text8 --source=none", ["none", "no texts"]),
+        ("pydocs --source=good", ["--source", "owt"]),
+        ("x --source=good", ["--source", "owt"]),
+        ("lm1b --source=good --input=good/some.txt", ["--source"]),
+        ("lm1b --source=good --workers=-1", ["workers=-1"]),
+        ("lm1b --source=good --tokenizer=char", ["lm1b", "gpt2", "--tokenizer=char"]),
+    ],
+)
+def test_bad_source_gets_one_line(args, words, tmp_path):
+    make(tmp_path / "good", {"test": ["A passage."]})
+    make(tmp_path / "numbers", {"test": [1, 2]})
+    make(tmp_path / "trainonly", {"train": ["A passage."]})
+    make(tmp_path / "none", {"test": [""]})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise/test.parquet").write_bytes(b"PAR1 but not really")
+    before = files(tmp_path)
+    start = run if "noise" in args else call  # the library's own log would show in a process of its own
+    complains(start("prepare.py", *args.split(), cwd=tmp_path), "prepare.py", *words)
+    assert files(tmp_path) == before
