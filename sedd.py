@@ -470,6 +470,8 @@ class SEDD(nn.Module):
 
     def entropy(self, h, sigma, x, x0):
         """Features h (R, d), the others (R,) -> score entropy (R,), without the log scores."""
+        if not hasattr(self.graph, "entropy_from_sums"):  # a graph of another kind, whose loss asks for more than sums
+            return self.graph.score_entropy(self.log_score(h, sigma, x)[:, None], sigma, x[:, None], x0[:, None])[:, 0]
         head, shift, kind = self.output_layer.linear, self.shift(sigma), h.device.type
         # cast the head once, not once a chunk
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype

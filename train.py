@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import fail, parse
-from sedd import GPT, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound
+from sedd import GPT, GRAPHS, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Options:
     out_dir: str = "out"  # for ckpt.pt and log.jsonl
     init_from: str = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt with its options
     # model
-    graph: Literal["absorb", "uniform"] = "absorb"  # what noise turns a token into: MASK, or any token
+    graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal["loglinear", "geometric"] = "loglinear"  # how noise grows with time
     parameterization: Literal["score", "mean", "causal"] = "score"  # what is learned: SEDD, D3PM, or GPT
     block_size: int = 128  # tokens in a sequence

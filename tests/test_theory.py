@@ -20,7 +20,8 @@ from sedd import (
 )  # fmt: skip
 
 V = 3
-both_graphs = pytest.mark.parametrize("graph", [Absorbing(V), Uniform(V)], ids=["absorb", "uniform"])
+GRAPHS = [Absorbing(V), Uniform(V)]
+all_graphs = pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: type(graph).__name__)
 both_noises = pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise()], ids=["loglinear", "geometric"])
 
 # Two tokens that mostly agree; both positions have the same marginal (0.5, 0.3, 0.2).
@@ -95,7 +96,7 @@ def expected_denoising_score_entropy(graph, oracle, table, sigma):
 SIGMA = torch.tensor([0.6], dtype=torch.float64)
 
 
-@both_graphs
+@all_graphs
 @pytest.mark.parametrize("objective", [expected_score_entropy, expected_denoising_score_entropy])
 def test_minimiser_is_the_true_ratio(graph, objective):
     """Consistency (Section 3.1, and 3.2 for the denoising form): descent on a free table of log scores finds them."""
@@ -116,7 +117,7 @@ def test_minimiser_is_the_true_ratio(graph, objective):
     torch.testing.assert_close(table[used].exp().detach(), truth[used].exp(), rtol=1e-4, atol=1e-5)
 
 
-@both_graphs
+@all_graphs
 def test_denoising_score_entropy_differs_by_a_constant(graph):
     """Section 3.2: in expectation both objectives have the same gradient, at any scores."""
     oracle = Oracle(graph, PAIR)
@@ -130,7 +131,7 @@ def test_denoising_score_entropy_differs_by_a_constant(graph):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@both_graphs
+@all_graphs
 def test_score_entropy_is_nonnegative_convex_and_a_barrier(graph):
     """Section 3.1. Along the score s of one jump it is convex in s, at least zero, and grows without end as s -> 0."""
     s = torch.linspace(0.01, 8, 400, dtype=torch.float64)
@@ -169,7 +170,7 @@ def test_score_entropy_is_a_bregman_divergence_and_not_symmetric():
     assert entropy(1, 0.5) == pytest.approx(bregman(1, 0.5)) == pytest.approx(0.1931, abs=1e-4)
 
 
-@both_graphs
+@all_graphs
 def test_reverse_chain_carries_p_T_back(graph):
     """Section 2: the master equation with the rates Q[x, y] p_t(y) / p_t(x), integrated from sigma = 4 to 0.02 (RK4)."""
     oracle, S = Oracle(graph, PAIR), graph.num_states
@@ -207,7 +208,7 @@ def bound_of_each(model, graph, noise, L, copies=2000, num_times=16, seed=0):
     return bound.mean(1), bound.std(1) / copies**0.5
 
 
-@both_graphs
+@all_graphs
 @both_noises
 def test_bound_with_the_true_scores_is_the_likelihood(graph, noise):
     """Section 3.3. For every x0, within 5 standard errors and the two ends' known slack.
@@ -221,7 +222,7 @@ def test_bound_with_the_true_scores_is_the_likelihood(graph, noise):
     assert ((bound + PAIR.flatten().log()).abs() < 5 * error + slack).all()
 
 
-@both_graphs
+@all_graphs
 @both_noises
 def test_bound_with_wrong_scores_is_above_the_likelihood(graph, noise):
     """Section 3.3: scores wrong by e^0.5 cost more nats than 5 standard errors, averaged over the data."""
@@ -230,7 +231,7 @@ def test_bound_with_wrong_scores_is_above_the_likelihood(graph, noise):
     assert excess > 5 * (PAIR.flatten() * error).norm() and excess > 0.02
 
 
-@both_graphs
+@all_graphs
 def test_bound_needs_its_prior_term(graph):
     """Noise that stops at e^-sigma = 0.4, and data even over all sequences, for which p_T is p_base exactly.
 
@@ -246,7 +247,7 @@ def test_bound_needs_its_prior_term(graph):
     assert prior > 10 * error.max()
 
 
-@both_graphs
+@all_graphs
 def test_bound_needs_its_reconstruction_term(graph):
     """Noise that starts at sigma = 0.5, and one position, for which the last denoising step is the exact posterior.
 
@@ -261,7 +262,7 @@ def test_bound_needs_its_reconstruction_term(graph):
     assert (reconstruction > 10 * error).all()
 
 
-@both_graphs
+@all_graphs
 @both_noises
 def test_diffusion_loss_is_a_draw_of_the_integral(graph, noise):
     """Section 3.3: its mean is the integral over all of [0, 1], done here by quadrature. Within 5 standard errors, 6e-7."""
@@ -296,7 +297,7 @@ def test_low_discrepancy_times_are_uniform_and_evenly_spread():
 # ----------------------------------------------------------------------------------------------------- samplers
 
 
-@both_graphs
+@all_graphs
 def test_tweedie_is_the_exact_posterior_of_one_token(graph):
     """Section 4.2 (discrete Tweedie): with L = 1 the step is Bayes' rule, p(x_s | x_t) for any s < t."""
     p0, S = PAIR.sum(1), graph.num_states
@@ -323,7 +324,7 @@ def sampler_distance(graph, noise, sampler, steps):
     return total_variation(sample(Oracle(graph, PAIR), graph, noise, (N, 2), steps, sampler), PAIR)
 
 
-@both_graphs
+@all_graphs
 @both_noises
 @pytest.mark.parametrize("sampler", ["tweedie", "euler"])
 def test_samplers_approach_the_data(graph, noise, sampler):
@@ -332,7 +333,7 @@ def test_samplers_approach_the_data(graph, noise, sampler):
     assert few > more + NOISE_OF_TV and more > many and many < 0.02 + NOISE_OF_TV
 
 
-@both_graphs
+@all_graphs
 def test_tweedie_is_no_worse_than_euler(graph):
     """Section 4.2, at equal steps of log-linear noise. Under the absorbing graph the two are then the same,
     up to a draw in a thousand that rounding decides.
