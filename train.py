@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import fail, parse
-from sedd import SEDD, SEDDConfig, diffusion_loss, nll_bound
+from sedd import MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound
 
 
 @dataclass
@@ -135,7 +135,8 @@ def load_model(start):
     """
     if (Path(start) / "ckpt.pt").is_file():
         checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
-        model = SEDD(SEDDConfig(**checkpoint["config"]))
+        config = SEDDConfig(**checkpoint["config"])
+        model = MODELS[config.parameterization](config)
         model.load_state_dict(checkpoint["ema"])
         return model.eval(), checkpoint["meta"]
     try:
