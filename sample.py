@@ -148,21 +148,22 @@ def load_judge(name, device, ours):
     logging.set_verbosity_error(), logging.disable_progress_bar()
     try:
         judge, report = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, weights_only=True, output_loading_info=True, dtype=torch.float32
+            name, trust_remote_code=False, weights_only=True, output_loading_info=True
         )
         if report["missing_keys"]:
             raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fail(f"judge={name!r} is no causal language model that transformers can load: {why}")
+    judge.to(device).float().eval()
     known = judge.get_input_embeddings().num_embeddings
     with contextlib.suppress(Exception):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if len(tokenizer) > known / 2:  # where the files are missing, a tokenizer of no words may come
-            return judge.to(device).eval(), lambda text: tokenizer(text)["input_ids"]
+            return judge, lambda text: tokenizer(text)["input_ids"]
     if known != ours.vocab_size:
         fail(f"judge={name!r} has no tokenizer, and its {known} tokens are not the {ours.vocab_size} of the model")
-    return judge.to(device).eval(), ours.encode
+    return judge, ours.encode
 
 
 def perplexity(judge, encode, texts):
@@ -200,7 +201,7 @@ def main():
     device = find_device(o.device)
     model, meta = load_model(start)
     if meta is None:
-        fail(f"{start!r} has {model.config.vocab_size} tokens and no tokenizer: only GPT-2's 50257 are known without one")
+        fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
     causal = model.config.parameterization == "causal"
     for name in ("suffix", "infill", "steps", "sampler") if causal else ():
         if name in explicit:
