@@ -788,15 +788,15 @@ def from_pretrained(path_or_hub_id):
                 if damaged := archive.testzip():
                     raise ValueError(f"{BIN} is damaged in its part {damaged}")
             weights = torch.load(folder / BIN, map_location="cpu", weights_only=True)
+        for name, tensor in weights.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"{name} does not hold finite real numbers")
         weights["vocab_embed.weight"] = weights.pop("vocab_embed.embedding")
         inv_freq = weights.pop("rotary_emb.inv_freq", None)
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
         with torch.device("meta"):  # shapes first: a wrong config can ask for more memory than there is
-            expected = SEDD(config).state_dict() if config.n_layer <= len(weights) else {}
-        for name in sorted(expected.keys() | weights.keys()):
-            if name not in expected or name not in weights or expected[name].shape != weights[name].shape:
-                raise ValueError(f"weights and {CONFIG} disagree, first in {name}")
-            if not weights[name].is_floating_point() or not weights[name].isfinite().all():
-                raise ValueError(f"{name} does not hold finite real numbers")
+            SEDD(config).load_state_dict(weights, assign=True)
         model = SEDD(config)
         model.load_state_dict(weights)
         if inv_freq is not None and not torch.allclose(inv_freq, model.inv_freq):

@@ -191,8 +191,8 @@ def test_every_key_is_needed_and_of_its_type(path, tmp_path):
 @pytest.mark.parametrize("path, value, word", [
     ("tokens", 12, "vocab_embed.weight"), ("tokens", 10**15, "vocab_embed.weight"), ("tokens", 11.0, "vocab_size"),
     ("tokens", True, "vocab_size"), ("model.n_blocks", 1, "blocks.1"), ("model.n_blocks", 3, "blocks.2"),
-    ("model.n_blocks", 10**12, "disagree"), ("model.n_heads", 3, "n_head"), ("model.hidden_size", 64, "disagree"),
-    ("model.hidden_size", 2**40, "disagree"), ("model.cond_dim", 8, "adaLN"), ("model.dropout", 1.5, "dropout"),
+    ("model.n_blocks", 10**12, "n_blocks"), ("model.n_heads", 3, "n_head"), ("model.hidden_size", 64, "size mismatch"),
+    ("model.hidden_size", 2**18, "size mismatch"), ("model.cond_dim", 8, "sigma_map"), ("model.dropout", 1.5, "dropout"),
     ("model.scale_by_sigma", False, "scale_by_sigma"), ("graph.type", "uniform", "scale_by_sigma"),
     ("graph.type", "ring", "'ring'"), ("noise.type", "cosine", "'cosine'"),
 ])  # fmt: skip
@@ -228,7 +228,7 @@ def test_config_that_is_no_json_object(content, tmp_path):
     ("output_layer.linear.weight", lambda w: w[:-1].clone(), "output_layer.linear.weight"),
     ("blocks.9.norm1.weight", lambda w: torch.zeros(3), "blocks.9.norm1.weight"),
     ("rotary_emb.inv_freq", lambda w: w * 2, "rotary"),
-    ("rotary_emb.inv_freq", lambda w: w * float("nan"), "rotary"),
+    ("rotary_emb.inv_freq", lambda w: w * float("nan"), "rotary_emb.inv_freq"),
     ("rotary_emb.inv_freq", lambda w: w[:-1].clone(), "RuntimeError"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit(key, change, word, file, tmp_path):
