@@ -105,8 +105,8 @@ def test_published_weights_of_an_unknown_vocabulary(home):
 
 
 def test_nowhere_to_start_from(home, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     complains(call("sample.py", "--init_from=no/where", cwd=home), "sample.py", "'no/where'")
     complains(call("sample.py", "--init_from=.", cwd=home), "sample.py", "config.json")
     complains(call("sample.py", "--out_dir=published", cwd=home), "sample.py", "published/ckpt.pt", "train.py")
@@ -118,7 +118,7 @@ def test_a_diverged_model_is_named(kind, graph, value, tmp_path):
     model = random_model(kind, graph)
     model.blocks[0].mlp[0].weight.data[0] = value
     save(tmp_path / "lost", model)
-    complains(call("sample.py", "--out_dir=lost", "--steps=2", cwd=tmp_path), "sample.py", "'lost'", "diverged")
+    complains(call("sample.py", "--out_dir=lost", cwd=tmp_path), "sample.py", "'lost'", "diverged")
 
 
 def test_a_model_that_can_only_draw_mask_is_named(tmp_path):
@@ -238,7 +238,7 @@ def test_unigram_entropy_of_known_texts():
 
 def test_no_judge(home, judges, monkeypatch):
     monkeypatch.setattr(judges.utils.hub, "is_offline_mode", lambda: True)
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub").constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
     ask = lambda judge: call("sample.py", "--out_dir=score", f"--judge={judge}", cwd=home)
     complains(ask("no/judge"), "sample.py", "'no/judge'", "causal language model")
     complains(ask("published"), "sample.py", "'published'", "causal language model")
@@ -293,37 +293,39 @@ class Terminal:
 ENTER, LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"
 
 
-@pytest.mark.parametrize("kind", ["score", "uniform"])
-def test_watching_shows_the_text_being_written(kind, home):
+def screens_of(shown):
+    """The frames, each the text on its rows put together and its last row, which says the step."""
+    frames = [frame.split("\r\n") for frame in shown.split("\033[H")[1:]]
+    assert all(len(frame) == 12 and all(row.startswith("\033[K") for row in frame) for frame in frames)
+    return [("".join(row[3:] for row in frame[:-1]), frame[-1][3:]) for frame in frames]
+
+
+def test_watching_shows_masks_turn_into_text(home):
+    terminal = Terminal(home, "--out_dir=score", "--steps=30", "--infill=日ab{12}cd{9}\n{2}")
+    terminal.read(until=ENTER)
     started = time.monotonic()
-    terminal = Terminal(home, f"--out_dir={kind}", "--steps=30", "--infill=\u65e5ab{12}cd{9}\n{2}")
     assert terminal.end() == 0 and time.monotonic() - started > 5
     before, rest = terminal.written.split(ENTER)
     shown, after = rest.split(LEAVE)
-    frames = [frame.split("\r\n") for frame in shown.split("\033[H")[1:]]
-    assert "Traceback" not in terminal.written and before.strip() == "" and 20 < len(frames) <= 31
-    assert all(len(frame) == 12 for frame in frames)
-    assert frames[0][-1].endswith("step 0 of 30") and frames[-1][-1].endswith("step 30 of 30")
-    screens = ["".join(row.removeprefix("\033[K") for row in frame[:-1]) for frame in frames]
+    assert before == ""
+    screens, steps = zip(*screens_of(shown))
+    assert 20 < len(screens) <= 31 and steps[0] == "step 0 of 30" and steps[-1] == "step 30 of 30"
     assert screens[-1] == "".join(sample.wrap(after.replace("\r\n", "\n"), 20))
     dots = [screen.count("·") for screen in screens]
-    if kind == "score":
-        assert dots[0] == 23 and dots[-1] == 0 and sorted(dots, reverse=True) == dots and len(set(dots)) > 8
-    else:
-        assert not any(dots) and len(set(screens)) > 8
-    assert all(screen.startswith("\u65e5ab") for screen in screens)
+    assert dots[0] == 23 and dots[-1] == 0 and sorted(dots, reverse=True) == dots and len(set(dots)) > 8
+    assert screens[0] == "日ab" + 12 * "·" + "cd" + 11 * "·" and all(screen.startswith("日ab") for screen in screens)
 
 
 @pytest.mark.parametrize("end, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopping_leaves_a_terminal_as_it_was(end, status, home):
-    terminal = Terminal(home, "--out_dir=score", "--steps=64")
-    terminal.read(until="step 3 of")
-    if end == signal.SIGINT:
-        os.kill(terminal.process.pid, end)
-    else:
-        terminal.process.terminate()
+def test_stopping_leaves_the_terminal_as_it_was(end, status, home):
+    """Under the uniform graph, where there are no masks and text changes."""
+    terminal = Terminal(home, "--out_dir=uniform", "--steps=64", "--prefix=日ab")
+    terminal.read(until="step 9 of")
+    terminal.process.send_signal(end)
     assert terminal.end() == status
     assert terminal.written.endswith(LEAVE) and "Traceback" not in terminal.written
+    screens, steps = zip(*screens_of(terminal.written.split(ENTER)[1].split(LEAVE)[0].removesuffix("^C")))
+    assert len(set(screens)) > 3 and all(screen.startswith("日ab") and "·" not in screen for screen in screens)
 
 
 def test_watching_needs_a_terminal(home):
