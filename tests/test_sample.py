@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 import prepare
 import sample
 from sedd import MODELS, SEDDConfig
+from test_published import Bomb
 from test_scripts import ROOT, call, complains, works
 
 LINE = "\n\n" + "-" * 80 + "\n"  # between two texts
@@ -248,6 +249,10 @@ def test_no_judge(home, judges, monkeypatch):
     (home / "coded/config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))
     (home / "coded/c.py").write_text("open('exploded', 'w')")
     complains(ask("coded"), "sample.py", "'coded'")
+    (home / "pickled").mkdir()
+    (home / "pickled/config.json").write_bytes((home / "judge/config.json").read_bytes())
+    torch.save({"transformer.wte.weight": Bomb()}, home / "pickled/pytorch_model.bin")
+    complains(ask("pickled"), "sample.py", "'pickled'", "causal language model")
     assert not (home / "exploded").exists()
     monkeypatch.setitem(sys.modules, "transformers", None)
     complains(ask("judge"), "sample.py", "pip install -e '.[judge]'")
