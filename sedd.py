@@ -26,6 +26,9 @@ the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (
 
 import json
 import math
+import os
+import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -276,10 +279,13 @@ class SEDDConfig:
     parameterization: Literal["score", "mean", "causal"] = "score"  # the last two are baselines, section 6
 
     def __post_init__(self):
-        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % (2 * self.n_head):
+        for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "cond_dim":
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
+        if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width: "
-                f"try --n_embd={64 * max(1, self.n_head)}"
+                f"try --n_embd={64 * self.n_head}"
             )
         for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
             if getattr(self, name) not in known:
@@ -749,59 +755,71 @@ MODELS = {"score": SEDD, "mean": D3PM, "causal": GPT}
 # model.safetensors or pytorch_model.bin. The parameters above bear their names, but for the embedding.
 # ------------------------------------------------------------------------------------------------------
 
+CONFIG, SAFE, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
+
 
 def from_pretrained(path_or_hub_id):
     """The SEDD model (float32, CPU, evaluation mode) in a local folder or a hub repository of that format.
 
-    ValueError at a folder that does not hold one; ImportError, with the command to run, where a package is
-    missing. Only numbers are read: nothing in a downloaded file can run.
+    ValueError, of one line, where there is none; ImportError, with the command to run, where a package is missing.
+    Only numbers are read: nothing in a downloaded file can run. They must be finite, and those of a .bin are held
+    against its checksums; a .safetensors has none.
     """
     folder = Path(path_or_hub_id)
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError:
-            raise ImportError("the hub needs a package more: pip install -e '.[hub]'") from None
-        try:
-            files = ["config.json", "model.safetensors", "pytorch_model.bin"]
-            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=files))
-        except Exception as error:
-            raise ValueError(
-                f"{path_or_hub_id!r} is no local folder, and the hub did not give it ({type(error).__name__})"
-            ) from None
-
     try:
-        published = json.loads((folder / "config.json").read_text())
-        shape, graph = published["model"], published["graph"]["type"]
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, SAFE, BIN]))
+        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        shape, noise = published["model"], published["noise"]
         config = SEDDConfig(
             published["tokens"], shape["length"], shape["n_blocks"], shape["n_heads"], shape["hidden_size"],
-            shape["cond_dim"], shape["dropout"], graph, published["noise"]["type"],
+            shape["cond_dim"], shape["dropout"], published["graph"]["type"], noise["type"],
         )  # fmt: skip
-        if shape["scale_by_sigma"] != (graph == "absorb"):
-            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']} under the {graph} graph is not supported")
-        if (folder / "model.safetensors").is_file():
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ImportError("model.safetensors needs a package more: pip install -e '.[hub]'") from None
-            weights = load_file(folder / "model.safetensors")
+        if shape["scale_by_sigma"] is not (config.graph == "absorb"):
+            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']!r} under the {config.graph} graph")
+        if config.noise == "geometric" and (noise["sigma_min"], noise["sigma_max"]) != (1e-4, 20):
+            raise ValueError("geometric noise, but not from 1e-4 to 20")
+        if (folder / SAFE).is_file():
+            from safetensors.torch import load_file
+
+            weights = load_file(folder / SAFE)
         else:
-            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(folder / BIN) as archive:  # torch.load does not look at the checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{BIN} is damaged in its part {damaged}")
+            weights = torch.load(folder / BIN, map_location="cpu", weights_only=True)
+        for name, tensor in weights.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"{name} does not hold finite real numbers")
         weights["vocab_embed.weight"] = weights.pop("vocab_embed.embedding")
-        weights.pop("rotary_emb.inv_freq", None)
+        inv_freq = weights.pop("rotary_emb.inv_freq", None)
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
+        with torch.device("meta"):  # shapes first: a wrong config can ask for more memory than there is
+            SEDD(config).load_state_dict(weights, assign=True)
         model = SEDD(config)
         model.load_state_dict(weights)
+        if inv_freq is not None and not torch.allclose(inv_freq, model.inv_freq):
+            raise ValueError("rotary positions of other frequencies")
     except ImportError:
-        raise
+        raise ImportError(f"{str(path_or_hub_id)!r} needs packages more: pip install -e '.[hub]'") from None
     except Exception as error:
-        raise ValueError(f"{folder} does not hold a published SEDD model: {error!r}") from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{str(path_or_hub_id)!r} is no folder or hub repository with a SEDD model: {why}") from None
     return model.eval()
 
 
 def save_pretrained(model, folder):
-    """Write the model in the published format, as config.json and pytorch_model.bin."""
-    folder, config = Path(folder), model.config
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the model for from_pretrained and the authors' code: as safetensors if that is installed, else as .bin.
+
+    ValueError at a baseline, for which the format has no place. Other files in the folder stay. It is without
+    config.json, and so holds no model, while the finished files move in.
+    """
+    config, folder = model.config, Path(folder)
+    if config.parameterization != "score":
+        raise ValueError(f"the published format holds scores only, not parameterization={config.parameterization!r}")
     published = {
         "tokens": config.vocab_size,
         "graph": {"type": config.graph, "file": "data", "report_all": False},
@@ -812,11 +830,23 @@ def save_pretrained(model, folder):
             "scale_by_sigma": config.graph == "absorb", "dropout": config.dropout,
         },
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(published, indent=2))
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     weights["vocab_embed.embedding"] = weights.pop("vocab_embed.weight")
     weights["rotary_emb.inv_freq"] = model.inv_freq.cpu()
-    torch.save(weights, folder / "pytorch_model.bin")
+    try:
+        from safetensors.torch import save_file as save
+
+        file, other = SAFE, BIN
+    except ImportError:
+        save, file, other = torch.save, BIN, SAFE
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save(weights, Path(scratch, file))
+        Path(scratch, CONFIG).write_text(json.dumps(published, indent=2), encoding="utf-8")
+        (folder / CONFIG).unlink(missing_ok=True)
+        os.replace(Path(scratch, file), folder / file)
+        (folder / other).unlink(missing_ok=True)
+        os.replace(Path(scratch, CONFIG), folder / CONFIG)
 
 
 SEDD.from_pretrained, SEDD.save_pretrained = staticmethod(from_pretrained), save_pretrained

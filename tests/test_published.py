@@ -1,0 +1,297 @@
+"""Published weights: what the authors' code wrote is read, what is written has its format, and all else is refused."""
+
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from sedd import D3PM, GPT, SEDD, SEDDConfig
+
+load_file = pytest.importorskip("safetensors.torch").load_file
+save_file = pytest.importorskip("safetensors.torch").save_file
+
+DATA = Path(__file__).parent / "data"
+both_names = pytest.mark.parametrize("name", ["absorb", "uniform"])
+both_formats = pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+
+
+def write(folder, config, weights, file):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (save_file if file.endswith("safetensors") else torch.save)(weights, folder / file)
+    return folder
+
+
+def published(name):
+    return json.loads((DATA / name / "config.json").read_text()), load_file(DATA / name / "model.safetensors")
+
+
+def random_model(name="absorb", noise="loglinear", kind=SEDD):
+    torch.manual_seed(0)
+    parameterization = {SEDD: "score", D3PM: "mean", GPT: "causal"}[kind]
+    model = kind(SEDDConfig(13, 10, 2, 2, 32, 16, 0.25, name, noise, parameterization))
+    for p in model.parameters():
+        p.data.normal_(0, 0.2)
+    return model
+
+
+def refused(folder, *words):
+    with pytest.raises(ValueError) as error:
+        SEDD.from_pretrained(folder)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and len(message) < 600 and str(folder) in message
+    for word in words:
+        assert word in message
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """As if these packages were not installed."""
+    return lambda *packages: [monkeypatch.setitem(sys.modules, package, None) for package in packages]
+
+
+# ------------------------------------------------------------------------------------------ what is read and written
+
+
+@both_names
+@both_formats
+def test_published_weights_give_the_published_scores(name, file, tmp_path):
+    model = SEDD.from_pretrained(write(tmp_path, *published(name), file))
+    expected = torch.load(DATA / name / "io.pt", weights_only=True)
+    assert not model.training and model.config.graph == name
+    assert (model(expected["x"], expected["sigma"]) - expected["log_score"]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("noise", ["loglinear", "geometric"])
+@both_names
+def test_saving_and_loading_is_the_identity(name, noise, installed, tmp_path, without):
+    if not installed:
+        without("safetensors.torch")
+    model = random_model(name, noise)
+    model.save_pretrained(tmp_path / "a/b")
+    again = SEDD.from_pretrained(tmp_path / "a/b")
+    assert again.config == model.config and same_weights(again, model)
+    assert vars(again.noise) == vars(model.noise) and type(again.graph) is type(model.graph)
+    file = "model.safetensors" if installed else "pytorch_model.bin"
+    assert sorted(os.listdir(tmp_path / "a/b")) == ["config.json", file]
+
+
+@both_names
+def test_what_is_written_is_laid_out_as_what_was_published(name, tmp_path):
+    SEDD.from_pretrained(DATA / name).save_pretrained(tmp_path)
+    config, weights = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    their_config, their_weights = published(name)
+    for part in config.keys() | {"model", "graph", "noise", "tokens"}:  # what the authors' model is built from
+        assert changed(config, "model.name", "")[part] == changed(their_config, "model.name", "")[part]
+    assert weights.keys() == their_weights.keys()
+    for key in weights:  # the rotary frequencies are computed, not loaded
+        assert weights[key].dtype == their_weights[key].dtype
+        torch.testing.assert_close(weights[key], their_weights[key], atol=0, rtol=1e-6 * (key == "rotary_emb.inv_freq"))
+
+
+def test_saving_replaces_a_model_in_the_other_format(tmp_path, without):
+    random_model("uniform").save_pretrained(tmp_path)
+    without("safetensors.torch")
+    model = random_model("absorb")
+    model.save_pretrained(tmp_path)
+    assert same_weights(SEDD.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_interrupted_saving_never_mixes_two_models(tmp_path, monkeypatch, moves):
+    random_model("absorb").save_pretrained(tmp_path)
+    trouble = [mock.DEFAULT] * moves + [OSError(28, "full")]
+    monkeypatch.setattr("os.replace", mock.Mock(side_effect=trouble, wraps=os.replace))
+    other = random_model("absorb")
+    other.output_layer.linear.bias.data += 1
+    with pytest.raises(OSError, match="full"):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    refused(tmp_path, "config.json")
+    other.save_pretrained(tmp_path)
+    assert same_weights(SEDD.from_pretrained(tmp_path), other)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_failed_writing_leaves_the_earlier_model(tmp_path, monkeypatch):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", mock.Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(OSError):
+        random_model("uniform").save_pretrained(tmp_path)
+    assert same_weights(SEDD.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("kind", [D3PM, GPT])
+def test_baselines_have_no_place_in_the_format(kind, tmp_path):
+    with pytest.raises(ValueError, match="parameterization='(mean|causal)'"):
+        random_model(kind=kind).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_package_is_named(tmp_path, without):
+    without("safetensors.torch", "huggingface_hub")
+    for place in DATA / "absorb", "louaaron/sedd-small":
+        with pytest.raises(ImportError) as error:
+            SEDD.from_pretrained(place)
+        assert str(error.value).endswith("pip install -e '.[hub]'") and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["", "no/such/place", "no such\nplace", "a/b/c/d", "\0", str(DATA / "graph.pt")])
+def test_a_place_that_does_not_exist(place, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError) as error:
+        SEDD.from_pretrained(place)
+    assert len(str(error.value).splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------------- malformed folders
+
+
+def changed(config, path, value):
+    """A copy of a nested dict with the entry at path changed, or without it where value is ..."""
+    config = copy.deepcopy(config)
+    *path, last = path.split(".")
+    place = config
+    for key in path:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return config
+
+
+@pytest.mark.parametrize("path", ["tokens", "graph", "graph.type", "noise.type", "model", "model.scale_by_sigma"] + [
+    f"model.{key}" for key in ("length", "n_blocks", "n_heads", "hidden_size", "cond_dim", "dropout")])  # fmt: skip
+def test_every_key_is_needed_and_of_its_type(path, tmp_path):
+    config, weights = published("absorb")
+    for value in ..., None, [], "two", {}, -1, 2.5:
+        write(tmp_path, changed(config, path, value), weights, "model.safetensors")
+        refused(tmp_path, path.split(".")[-1] if value is ... else "")
+
+
+@pytest.mark.parametrize("path, value, word", [
+    ("tokens", 12, "vocab_embed.weight"), ("tokens", 10**15, "vocab_embed.weight"), ("tokens", 11.0, "vocab_size"),
+    ("tokens", True, "vocab_size"), ("model.n_blocks", 1, "blocks.1"), ("model.n_blocks", 3, "blocks.2"),
+    ("model.n_blocks", 10**12, "n_blocks"), ("model.n_heads", 3, "n_head"), ("model.hidden_size", 64, "size mismatch"),
+    ("model.hidden_size", 2**18, "size mismatch"), ("model.cond_dim", 8, "sigma_map"), ("model.dropout", 1.5, "dropout"),
+    ("model.scale_by_sigma", False, "scale_by_sigma"), ("graph.type", "uniform", "scale_by_sigma"),
+    ("graph.type", "ring", "'ring'"), ("noise.type", "cosine", "'cosine'"),
+])  # fmt: skip
+def test_config_that_does_not_fit(path, value, word, tmp_path):
+    config, weights = published("absorb")
+    refused(write(tmp_path, changed(config, path, value), weights, "model.safetensors"), word)
+
+
+def test_what_this_code_does_not_have_is_refused(tmp_path):
+    config, weights = published("uniform")
+    write(tmp_path, changed(config, "model.scale_by_sigma", True), weights, "model.safetensors")
+    refused(tmp_path, "scale_by_sigma")
+    config = changed(config, "noise.type", "geometric")
+    assert SEDD.from_pretrained(write(tmp_path, config, weights, "model.safetensors")).config.noise == "geometric"
+    refused(write(tmp_path, changed(config, "noise.sigma_max", 10), weights, "model.safetensors"), "geometric")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"tokens"', b"[" * 100_000])
+def test_config_that_is_no_json_object(content, tmp_path):
+    (write(tmp_path, *published("absorb"), "model.safetensors") / "config.json").write_bytes(content)
+    refused(tmp_path)
+
+
+@both_formats
+@pytest.mark.parametrize("key, change, word", [
+    ("vocab_embed.embedding", lambda w: None, "vocab_embed"),
+    ("blocks.0.norm1.weight", lambda w: None, "blocks.0.norm1.weight"),
+    ("blocks.0.norm1.weight", lambda w: w[:, None].clone(), "blocks.0.norm1.weight"),
+    ("blocks.0.norm1.weight", lambda w: w.long(), "finite real numbers"),
+    ("blocks.0.norm1.weight", lambda w: w.to(torch.complex64), "finite real numbers"),
+    ("blocks.1.mlp.0.bias", lambda w: w / 0, "blocks.1.mlp.0.bias"),
+    ("output_layer.linear.weight", lambda w: w * float("nan"), "output_layer.linear.weight"),
+    ("output_layer.linear.weight", lambda w: w[:-1].clone(), "output_layer.linear.weight"),
+    ("blocks.9.norm1.weight", lambda w: torch.zeros(3), "blocks.9.norm1.weight"),
+    ("rotary_emb.inv_freq", lambda w: w * 2, "rotary"),
+    ("rotary_emb.inv_freq", lambda w: w * float("nan"), "rotary_emb.inv_freq"),
+    ("rotary_emb.inv_freq", lambda w: w[:-1].clone(), "RuntimeError"),
+])  # fmt: skip
+def test_weights_that_do_not_fit(key, change, word, file, tmp_path):
+    config, weights = published("absorb")
+    weights = {**weights, key: change(weights.get(key))}
+    refused(write(tmp_path, config, {k: v for k, v in weights.items() if v is not None}, file), word)
+
+
+@both_formats
+def test_missing_files(file, tmp_path):
+    refused(tmp_path, "config.json")
+    write(tmp_path, *published("absorb"), file)
+    (tmp_path / "config.json").rename(tmp_path / "config.txt")
+    refused(tmp_path, "config.json")
+    (tmp_path / "config.txt").rename(tmp_path / "config.json")
+    (tmp_path / file).unlink()
+    refused(tmp_path, "pytorch_model.bin")
+
+
+@both_formats
+def test_truncated_weights(file, tmp_path):
+    whole = (write(tmp_path, *published("absorb"), file) / file).read_bytes()
+    for size in 0, 1, 7, 8, 9, 1000, len(whole) // 2, len(whole) - 20, len(whole) - 1:
+        (tmp_path / file).write_bytes(whole[:size])
+        refused(tmp_path)
+
+
+@both_formats
+def test_a_flipped_byte_is_noticed_or_harmless(file, tmp_path):
+    """In a .bin by its checksums; a .safetensors has none, but there what makes a number infinite is noticed."""
+    whole = (write(tmp_path, *published("absorb"), file) / file).read_bytes()
+    model, generator, noticed = SEDD.from_pretrained(tmp_path), random.Random(0), 0
+    for place in [generator.randrange(len(whole)) for _ in range(100)]:
+        (tmp_path / file).write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        try:
+            again = SEDD.from_pretrained(tmp_path)
+        except ValueError as error:
+            noticed += len(str(error).splitlines()) == 1
+            continue
+        assert all(p.isfinite().all() for p in again.parameters())
+        assert file.endswith("safetensors") or same_weights(again, model)
+    assert noticed > (50 if file.endswith("bin") else 0)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_nothing_in_a_file_can_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DATA / "absorb/config.json", tmp_path)
+    torch.save({"vocab_embed.embedding": Bomb()}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "UnpicklingError")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    refused(tmp_path, "zip")
+    inside = io.BytesIO()
+    with zipfile.ZipFile(inside, "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps(Bomb(), 2))
+        archive.writestr("model/version", "3\n")
+    (tmp_path / "pytorch_model.bin").write_bytes(inside.getvalue())
+    refused(tmp_path, "UnpicklingError")
+    for content in [], {"vocab_embed.embedding": 1}, {1: torch.zeros(1)}, torch.zeros(3):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        refused(tmp_path)
+    assert not (tmp_path / "exploded").exists()
