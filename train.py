@@ -115,7 +115,7 @@ def autocast(device, dtype):
 def load_checkpoint(path):
     """The dict that train() saved, on the CPU; fails in one line at anything else."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for what no file can be called
         fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
@@ -159,7 +159,7 @@ def load_model(start):
     `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
     repository in the published format. Fails in one line at anything else.
     """
-    if (Path(start) / "ckpt.pt").is_file():
+    if os.path.isfile(Path(start) / "ckpt.pt"):
         checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
         config = SEDDConfig(**checkpoint["config"])
         model = MODELS[config.parameterization](config)
@@ -177,17 +177,20 @@ def load_model(start):
 
 
 def check_meta(meta):
-    """ValueError or KeyError at the first field of meta.json that prepare.py would not write."""
-    counts = lambda v: isinstance(v, dict) and all(type(n) is int and n >= 0 for n in v.values())
-    known, vocab = meta["tokenizer"] in ("char", "gpt2"), meta["vocab"] if meta["tokenizer"] == "char" else None
-    single = isinstance(vocab, list) and all(isinstance(c, str) and len(c) == 1 for c in vocab)
+    """ValueError, KeyError or TypeError where a field of meta.json is not what prepare.py writes."""
+    counts = lambda value: isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
+    size, vocab = meta["vocab_size"], meta["vocab"] if meta["tokenizer"] == "char" else None
+    chars = isinstance(vocab, list) and all(isinstance(c, str) and len(c) == 1 for c in vocab)
     for name, right in {
-        "tokenizer": known, "vocab": vocab is None or single and 0 < len(set(vocab)) == len(vocab),
-        "vocab_size": type(meta["vocab_size"]) is int and meta["vocab_size"] == (len(vocab) if single else 50257),
-        "dtype": meta["dtype"] in ("<u2", "<u4"), "sizes": counts(meta["sizes"]), "bytes": counts(meta.get("bytes", {})),
-    }.items():  # fmt: skip
+        "tokenizer": meta["tokenizer"] in ("char", "gpt2"),
+        "vocab": vocab is None or (chars and 0 < len(set(vocab)) == len(vocab)),
+        "vocab_size": type(size) is int and size == (len(vocab) if chars else 50257),
+        "dtype": meta["dtype"] in ("<u2", "<u4"),
+        "sizes": counts(meta["sizes"]),
+        "bytes": counts(meta.get("bytes", {})),
+    }.items():
         if not right:
-            raise ValueError(f"meta.json: {name}={str(meta[name])[:50]!r}")
+            raise ValueError(f"meta.json has {name}={str(meta[name])[:50]!r}")
 
 
 class Data:
@@ -349,7 +352,7 @@ def start_weights(o, explicit):
         config, meta = resumed["config"], resumed["meta"]
         o = Options(**{**kept, **explicit})
     elif o.init_from != "scratch":
-        if "/" not in o.init_from and not Path(o.init_from).is_dir():
+        if "/" not in o.init_from and not os.path.isdir(o.init_from):
             fail(f"init_from={o.init_from!r} is none of scratch, resume, a folder, or a hub id such as owner/name")
         if not o.eval_only and Path(o.init_from).resolve() == out.resolve():
             fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
@@ -365,6 +368,7 @@ def start_weights(o, explicit):
         # the first start has moved other runs' checkpoints away
         resumed = load_checkpoint(out / "ckpt.pt")
         resumed = resumed if resumed["options"] == asdict(o) else None
+        meta = resumed["meta"] if resumed else meta
     return o, weights, meta, resumed
 
 
@@ -380,7 +384,7 @@ def train(o, explicit):
         "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
     }.items():  # fmt: skip
         value = getattr(o, name)
-        limit = math.inf if isinstance(value, float) else 2**31
+        limit = math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**31
         if not least <= value < limit:  # nan is in no order with anything
             fail(f"{name}={value} must be at least {least} and below {limit}")
     for name in "dropout", "ema":
@@ -412,9 +416,10 @@ def train(o, explicit):
             fail(f"out_dir={o.out_dir!r} cannot hold the results: {getattr(error, 'strerror', error)}")
     signals = None  # the group of processes that agrees on signals, without the GPU
     if world > 1:
-        store, *_ = next(dist.rendezvous("env://"))  # it outlives a restart by torchrun, and its keys must not meet
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world,
-                                store=dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))  # fmt: skip
+        # the store outlives a restart by torchrun: the keys of the two must not meet
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         signals = dist.new_group(backend="gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -455,21 +460,22 @@ def train(o, explicit):
         n = sum(p.numel() for p in model.parameters())
         print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}; "
               f"{o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
-        try:
+        with contextlib.suppress(ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
             tokenizer = Tokenizer(data.meta)
-        except ValueError:  # GPT-2's BPE files are not to be had: the lines of text stay away
-            pass
-        if not resumed and (out / "ckpt.pt").is_file():
-            os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
-            print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
-        log = open_log(out / "log.jsonl", start)
+        try:
+            if not resumed and (out / "ckpt.pt").is_file():
+                os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
+                print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
+            log = open_log(out / "log.jsonl", start)
+        except OSError as error:
+            fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
         bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True,
                    mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
     caught = catch_signals(main)
     parameters, averaged = list(model.parameters()), list(ema.parameters())
     skipped, in_a_row = torch.zeros(2, device=device)
-    unsaved, told = False, False
+    stop, unsaved, told = 0, False, False
     losses, clock, since = [], time.perf_counter(), start
     for step in range(start, o.max_steps):
         torch.manual_seed(mixed_seed(o.seed, step, rank))  # dropout
@@ -503,7 +509,7 @@ def train(o, explicit):
         stop = torch.tensor(caught[0] if caught else 0)
         if world > 1:
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=signals)
-        last = done == o.max_steps or stop > 0
+        last = done == o.max_steps or bool(stop)
         record = {}
         if done % o.log_interval == 0 or last:
             loss = torch.stack(losses)
@@ -516,11 +522,12 @@ def train(o, explicit):
                 record["skipped"] = int(skipped)
             if in_a_row >= 10:
                 first = done - int(in_a_row)
-                sys.exit(f"train.py: error: loss or gradient were not finite in steps {first + 1} to {done}. To see the "
-                         f"first again: Data.batch(o, {first}, range({o.batch_size}), model) with seed={o.seed}. "
-                         "Try a lower --learning_rate" if main else 1)  # fmt: skip
-            if main and not told and done - start > 1:
-                told = bar.write(f"about {duration((o.max_steps - done) * o.batch_size * o.block_size / rate)} to go") or True
+                sys.exit(f"train.py: error: loss or gradient is not finite in steps {first + 1} to {done}, the first "
+                         f"with Data.batch(o, {first}, range({o.batch_size}), model), seed={o.seed}: try a lower "
+                         "--learning_rate, or another --dtype" if main else 1)  # fmt: skip
+            if main and not told and since > start and not last:
+                bar.write(f"about {duration((o.max_steps - done) * o.batch_size * o.block_size / rate)} to go")
+                told = True
             losses, clock, since = [], time.perf_counter(), done
             skipped = torch.zeros_like(skipped)
         if done % o.eval_interval == 0 or done == o.max_steps:
@@ -555,14 +562,14 @@ def train(o, explicit):
             break
     if main:
         bar.close()
+        if pending:
+            print(f"warning: {out}/log.jsonl lacks its last lines: the disk is full", file=sys.stderr)
         if unsaved:
             sys.exit(1)
-        if caught:
-            print(f"{out}/ckpt.pt holds step {done}: python train.py --init_from=resume --out_dir={out} goes on")
-        else:
-            print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={out}")
-    if caught:
-        sys.exit(128 + caught[0])
+        print(f"{out}/ckpt.pt " + (f"holds step {done}: python train.py --init_from=resume --out_dir={out} goes on"
+                                   if stop else f"is ready: python sample.py --out_dir={out}"))  # fmt: skip
+    if stop:
+        sys.exit(128 + int(stop))
 
 
 if __name__ == "__main__":
