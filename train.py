@@ -308,15 +308,15 @@ def learning_rate(o, step):
 
 
 def catch_signals(main):
-    """From now on SIGINT and SIGTERM end the run after its step: the list that they join. A second SIGINT kills."""
+    """From now on SIGINT and SIGTERM only join the list that this returns; a second SIGINT ends the process at once."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on signals that the terminal has given already
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if main:
-            os.write(2, b"\nstopping after this step; Ctrl-C ends it at once\n")  # print could meet itself here
+            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, catch)

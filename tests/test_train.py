@@ -96,7 +96,7 @@ def test_a_fresh_model_knows_nothing(home, options):
     bound, error = printed_bound(call("train.py", *args, cwd=home))
     vocab_size = json.loads((home / "data/pydocs/meta.json").read_text())["vocab_size"]
     assert bound == pytest.approx(math.log(vocab_size), abs=3 * error + 1e-4)
-    assert error < 0.05
+    assert error < bound / 50
 
 
 def test_the_printed_error_is_the_spread_over_seeds(home):
@@ -108,8 +108,7 @@ def test_the_printed_error_is_the_spread_over_seeds(home):
 
 
 def test_two_processes_print_the_bound_of_one(home):
-    args = [*TINY, "--init_from=out", "--eval_only", "--eval_sequences=0", "--eval_split=test", "--block_size=32"]
-    args[args.index("--eval_sequences=4")] = "--eval_times=1"
+    args = [*TINY, "--init_from=out", "--eval_only", "--eval_sequences=0", "--eval_split=test", "--eval_times=1"]
     one = works(call("train.py", *args, cwd=home))
     two = works(run("train.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
     assert one.stdout == two.stdout
@@ -117,7 +116,7 @@ def test_two_processes_print_the_bound_of_one(home):
 
 
 def test_evaluation_says_what_it_leaves_out(home):
-    args = [*TINY, "--dataset=bpe", "--eval_only", "--eval_sequences=0", "--eval_split=test", f"--n_embd={L}"]
+    args = [*TINY, "--dataset=bpe", "--eval_only", "--eval_sequences=0", "--eval_split=test"]
     done = works(call("train.py", *args, cwd=home))
     assert f"10 of 10 blocks of {L} tokens" in done.stdout and f"{333 - 10 * L} tokens that fill no block" in done.stdout
 
@@ -320,14 +319,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home):
     assert ["skipped" in record for record in read_log(home / "spoilt")] == spoilt
 
 
-def test_a_skipped_step_moves_no_weight(home):
+def test_ten_in_a_row_stop_the_run(home):
     def spoil(saved):
         saved["model"]["output_layer.linear.bias"][0] = math.nan
 
     put_checkpoint(home, "still", spoil)
     done = call("train.py", "--init_from=resume", "--out_dir=still", "--max_steps=40", "--log_interval=10", cwd=home)
     assert "not finite in steps 21 to 30" in done.returncode
-    assert read_log(home / "still")[-1] != {} or True
+    assert [record["step"] for record in read_log(home / "still")] == [5, 10, 15, 20]
 
 
 # ------------------------------------------------------------------------------------------------------- pleasure
