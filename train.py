@@ -127,8 +127,9 @@ def load_checkpoint(path):
         config = SEDDConfig(**checkpoint["config"])
         with torch.device("meta"):  # shapes without numbers
             model = MODELS[config.parameterization](config)
-        for weights in "model", "ema":
-            model.load_state_dict(checkpoint[weights], assign=True)
+        shapes = lambda weights: {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+        if not shapes(checkpoint["model"]) == shapes(checkpoint["ema"]) == shapes(model.state_dict()):
+            raise ValueError("its weights are not those of its config")
     except Exception as error:
         fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({type(error).__name__})")
     return checkpoint
@@ -150,7 +151,7 @@ def save_checkpoint(path, checkpoint):
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         scratch.unlink(missing_ok=True)
-        raise OSError(error.strerror if isinstance(error, OSError) else "the disk may be full") from None
+        raise OSError(str(error.strerror if isinstance(error, OSError) else "the disk may be full")) from None
 
 
 def load_model(start):
@@ -325,9 +326,9 @@ def catch_signals(main):
 
 def open_log(path, step):
     """The log open for bytes, unbuffered, cut back to the lines up to `step`."""
-    log = open(path, "r+b" if step and path.is_file() else "wb", buffering=0)
+    log = open(path, "r+b" if step and path.is_file() else "w+b", buffering=0)
     end = 0
-    for line in log.readlines() if step else ():
+    for line in log.readlines():
         try:
             if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                 break

