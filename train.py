@@ -461,7 +461,7 @@ def train(o, explicit):
         n = sum(p.numel() for p in model.parameters())
         print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}; "
               f"{o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
-        with contextlib.suppress(ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
+        with contextlib.suppress(OSError, ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
             tokenizer = Tokenizer(data.meta)
         try:
             if not resumed and (out / "ckpt.pt").is_file():
