@@ -299,7 +299,8 @@ def sample_line(model, tokenizer, seed, device, dtype):
     with autocast(device, dtype):
         x = (model.sample(torch.full(shape, -1, device=device)) if isinstance(model, GPT)
              else sample(model, model.graph, model.noise, shape, 16, device=device))  # fmt: skip
-    return repr(tokenizer.decode(x[0].tolist()))
+    # scores that are not finite can leave a MASK
+    return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
 
 def learning_rate(o, step):
