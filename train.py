@@ -7,9 +7,11 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import fail, parse
-from sedd import GPT, GRAPHS, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound
+from prepare import Tokenizer
+from sedd import GPT, GRAPHS, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Options:
     dataset: str = "pydocs"  # a folder below data_dir, written by prepare.py
     data_dir: str = "data"  # where prepare.py put it
     out_dir: str = "out"  # for ckpt.pt and log.jsonl
-    init_from: str = "scratch"  # scratch, or resume: go on from out_dir/ckpt.pt with its options
+    init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt with its options; a folder or hub id: its weights
     # model
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal["loglinear", "geometric"] = "loglinear"  # how noise grows with time
@@ -56,9 +59,10 @@ class Options:
     ema: float = 0.999  # decay of the averaged weights, which are evaluated and sampled
     seed: int = 1337  # of the weights, batches, times, noise and dropout
     # evaluation and checkpoints
-    eval_only: bool = False  # print the validation bound of the start weights and stop
+    eval_only: bool = False  # print the bound of the start weights and stop
+    eval_split: Literal["val", "test", "train"] = "val"  # what is evaluated
     eval_interval: int = 500  # steps between evaluations
-    eval_sequences: int = 128  # validation sequences, evenly spread over the split
+    eval_sequences: int = 128  # sequences evaluated, evenly spread over the split; 0: all of it
     eval_times: int = 8  # times per sequence in the bound's integral
     save_interval: int = 500  # steps between checkpoints
     log_interval: int = 10  # steps between lines of log.jsonl
@@ -80,7 +84,7 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except Exception:
         fail(f"device={name!r} is not to be had here: try --device=auto")
     if device.type == "cpu":
@@ -115,21 +119,43 @@ def training_attention(device):
 def load_checkpoint(path):
     """The dict that train() saved, on the CPU; fails in one line at anything else."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for what no file can be called
         fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["ema"], checkpoint["meta"]["tokenizer"], checkpoint["config"]["graph"]
+        checkpoint["optimizer"]["state"], checkpoint["meta"]["tokenizer"], checkpoint["step"] + 1
+        Options(**checkpoint["options"])
+        config = SEDDConfig(**checkpoint["config"])
+        with torch.device("meta"):  # shapes without numbers
+            model = MODELS[config.parameterization](config)
+        shapes = lambda weights: {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+        if not shapes(checkpoint["model"]) == shapes(checkpoint["ema"]) == shapes(model.state_dict()):
+            raise ValueError("its weights are not those of its config")
     except Exception as error:
-        fail(f"{path} is no checkpoint of train.py, or is cut short ({type(error).__name__})")
+        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({type(error).__name__})")
     return checkpoint
 
 
 def save_checkpoint(path, checkpoint):
-    """Write to a temporary name and rename: whenever the machine stops, `path` is a whole checkpoint."""
+    """Write to a temporary name and rename: whenever the machine stops, `path` is a whole checkpoint.
+
+    OSError where the disk is full, ValueError where a number is not finite; `path` is then what it was before.
+    """
+    numbers = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizer"]["state"].values()]
+    if not all(tensor.isfinite().all() for part in numbers for tensor in part.values()):
+        raise ValueError("its numbers are not all finite")
     scratch = path.with_name(f".{path.name}.partial")
-    torch.save(checkpoint, scratch)
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush(), os.fsync(file.fileno())  # or a power cut could leave the new name without the content
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
+        scratch.unlink(missing_ok=True)
+        raise OSError(str(error.strerror if isinstance(error, OSError) else "the disk may be full")) from None
 
 
 def load_model(start):
@@ -138,7 +164,7 @@ def load_model(start):
     `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
     repository in the published format. Fails in one line at anything else.
     """
-    if (Path(start) / "ckpt.pt").is_file():
+    if os.path.isfile(Path(start) / "ckpt.pt"):
         checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
         config = SEDDConfig(**checkpoint["config"])
         model = MODELS[config.parameterization](config)
@@ -155,15 +181,36 @@ def load_model(start):
 # ----------------------------------------------------------------------------------------------------- data
 
 
+def check_meta(meta):
+    """ValueError, KeyError or TypeError where a field of meta.json is not what prepare.py writes."""
+    counts = lambda value: isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
+    size, vocab = meta["vocab_size"], meta["vocab"] if meta["tokenizer"] == "char" else None
+    chars = isinstance(vocab, list) and all(isinstance(c, str) and len(c) == 1 for c in vocab)
+    for name, right in {
+        "tokenizer": meta["tokenizer"] in ("char", "gpt2"),
+        "vocab": vocab is None or (chars and 0 < len(set(vocab)) == len(vocab)),
+        "vocab_size": type(size) is int and size == (len(vocab) if chars else 50257),
+        "dtype": meta["dtype"] in ("<u2", "<u4"),
+        "sizes": counts(meta["sizes"]),
+        "bytes": counts(meta.get("bytes", {})),
+    }.items():
+        if not right:
+            raise ValueError(f"meta.json has {name}={str(meta[name])[:50]!r}")
+
+
 class Data:
     """One data set's memory-mapped tokens, cut into blocks."""
 
     def __init__(self, o):
-        self.folder, self.block_size = Path(o.data_dir) / o.dataset, o.block_size
+        self.folder, self.block_size, self.splits = Path(o.data_dir) / o.dataset, o.block_size, {}
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            self.splits = {s: np.memmap(self.folder / f"{s}.bin", self.meta["dtype"], "r") for s in ("train", "val")}
-            self.meta["vocab_size"], self.meta["tokenizer"]
+            check_meta(self.meta)
+            for name in dict.fromkeys([o.eval_split] if o.eval_only else ["train", o.eval_split]):
+                path, size = self.folder / f"{name}.bin", self.meta["sizes"][name]
+                if path.stat().st_size != size * np.dtype(self.meta["dtype"]).itemsize:
+                    raise ValueError(f"{path.name} does not hold the {size} tokens of meta.json")
+                self.splits[name] = np.memmap(path, self.meta["dtype"], "r") if size else np.empty(0, "u2")
         except (OSError, ValueError, KeyError, TypeError) as error:
             there = isinstance(error, FileNotFoundError) and "is not prepared" or f"is not readable ({error})"
             fail(f"the data set {self.folder} {there}: python prepare.py {o.dataset}")
@@ -171,6 +218,12 @@ class Data:
             if len(tokens) < o.block_size:
                 fail(f"{self.folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
                      f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")
+
+    def checked(self, x0):
+        """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
+        if x0.max() >= self.meta["vocab_size"]:
+            fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
+        return x0
 
     def batch(self, o, step, indices, model):
         """x0 (n, L), times t (n,) and noised x (n, L) of the sequences `indices` of the global batch of a step.
@@ -193,13 +246,13 @@ class Data:
             start = torch.randint(len(tokens) - self.block_size + 1, (), generator=generator)
             x0.append(torch.from_numpy(tokens[start : start + self.block_size].astype(np.int64)))
             x.append(model.graph.sample_transition(x0[-1][None], s[None], generator)[0])
-        return torch.stack(x0), t, torch.stack(x)
+        return self.checked(torch.stack(x0)), t, torch.stack(x)
 
     def fixed_blocks(self, split, n):
-        """n whole blocks (or all, if there are fewer), evenly spread over the split: (n, L)."""
+        """All whole blocks of the split (N, L), unread, and the numbers of n of them, evenly spread (0: of all)."""
         tokens, L = self.splits[split], self.block_size
-        starts = np.unique(np.linspace(0, len(tokens) // L - 1, n).astype(int)) * L
-        return torch.from_numpy(np.stack([tokens[s : s + L].astype(np.int64) for s in starts]))
+        blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
+        return blocks, np.unique(np.linspace(0, len(blocks) - 1, n or len(blocks)).astype(int))
 
 
 def mixed_seed(*numbers):
@@ -210,33 +263,48 @@ def mixed_seed(*numbers):
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, x0, num_times, seed, rank, world, device, dtype):
-    """Mean likelihood bound of x0 (n, L) and its standard error over sequences, in nats per token; exact for GPT.
+def evaluate(model, data, split, n, num_times, seed, rank, world, device, dtype, bar=False):
+    """Mean likelihood bound of n blocks (0: all) and its standard error over them, in nats per token; exact for GPT.
 
     Sequences, times and noise are the same at every call and for every number of processes.
     """
-    bounds = torch.zeros(len(x0))
+    blocks, rows = data.fixed_blocks(split, n)
+    bounds = torch.zeros(len(rows))
     model.eval()
-    for k, rows in enumerate(torch.arange(len(x0)).split(16)):
+    calm = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs few
+    batches = tqdm(torch.arange(len(rows)).split(16), unit="batch", dynamic_ncols=True, mininterval=calm,
+                   disable=not bar)  # fmt: skip
+    for k, batch in enumerate(batches):
         if k % world == rank:
             torch.manual_seed(mixed_seed(seed, k))
-            x = x0[rows].to(device)
+            x = data.checked(torch.from_numpy(blocks[rows[batch.numpy()]].astype(np.int64))).to(device)
             with torch.no_grad(), autocast(device, dtype):
-                bounds[rows] = (model(x).sum(-1) if isinstance(model, GPT)
-                                else nll_bound(model, model.graph, model.noise, x, num_times)).cpu()  # fmt: skip
+                bounds[batch] = (model(x).sum(-1) if isinstance(model, GPT)
+                                 else nll_bound(model, model.graph, model.noise, x, num_times)).cpu()  # fmt: skip
     if world > 1:
         bounds = bounds.to(device)
         dist.all_reduce(bounds)
-    bounds = bounds.cpu().double() / x0.shape[1]
+    bounds = bounds.cpu().double() / data.block_size
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
-def describe(bound, error, meta):
+def describe(bound, error, meta, split):
     text = f"bound {bound:.4f} ± {error:.4f} nats per token, perplexity ≤ {math.exp(min(bound, 700)):.2f}"
-    return text + (f", {bound / math.log(2):.4f} bits per character" if meta["tokenizer"] == "char" else "")
+    if meta["tokenizer"] == "char":
+        return text + f", {bound / math.log(2):.4f} bits per character"
+    size = meta.get("bytes", {}).get(split)  # of the original text
+    return text + (f", {bound * meta['sizes'][split] / size / math.log(2):.4f} bits per byte" if size else "")
 
 
-# ------------------------------------------------------------------------------------------------- training
+def sample_line(model, tokenizer, seed, device, dtype):
+    """A short text of the model, the same noise at every call, its whitespace escaped."""
+    shape = 1, min(64, model.config.block_size)
+    torch.manual_seed(mixed_seed(seed))
+    with autocast(device, dtype):
+        x = (model.sample(torch.full(shape, -1, device=device)) if isinstance(model, GPT)
+             else sample(model, model.graph, model.noise, shape, 16, device=device))  # fmt: skip
+    # scores that are not finite can leave a MASK
+    return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
 
 def learning_rate(o, step):
@@ -245,29 +313,86 @@ def learning_rate(o, step):
     return o.learning_rate * warm * (0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if o.decay_lr else 1.0)
 
 
+def catch_signals(main):
+    """From now on SIGINT and SIGTERM only join the list that this returns; a second SIGINT ends the process at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if main:
+            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, catch)
+    return caught
+
+
+def open_log(path, step):
+    """The log open for bytes, unbuffered, cut back to the lines up to `step`."""
+    log = open(path, "r+b" if step and path.is_file() else "w+b", buffering=0)
+    end = 0
+    for line in log.readlines():
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        end += len(line)
+    log.truncate(end), log.seek(end)
+    return log
+
+
+def duration(seconds):
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def start_weights(o, explicit):
+    """What init_from names: the options completed by it, its weights (None: fresh ones), and a checkpoint to resume."""
+    out, restarted = Path(o.out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    weights, meta, resumed, config = None, None, None, {}
+    if o.init_from == "resume":
+        resumed = load_checkpoint(out / "ckpt.pt")
+        kept = {k: v for k, v in resumed["options"].items() if k not in ("init_from", "out_dir", "eval_only")}
+        config, meta = resumed["config"], resumed["meta"]
+        o = Options(**{**kept, **explicit})
+    elif o.init_from != "scratch":
+        if "/" not in o.init_from and not os.path.isdir(o.init_from):
+            fail(f"init_from={o.init_from!r} is none of scratch, resume, a folder, or a hub id such as owner/name")
+        if not o.eval_only and Path(o.init_from).resolve() == out.resolve():
+            fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
+        weights, meta = load_model(o.init_from)
+        config = asdict(weights.config)
+        meta = meta or {"vocab_size": config["vocab_size"]}
+    for name in config.keys() & explicit.keys():
+        if explicit[name] != config[name]:
+            fail(f"{name}={explicit[name]} but {out / 'ckpt.pt' if resumed else o.init_from} was trained with "
+                 f"{config[name]}: leave it out, or say --{name}={config[name]}")  # fmt: skip
+    o = replace(o, **{name: value for name, value in config.items() if name != "vocab_size"})
+    if restarted and o.init_from != "resume" and (out / "ckpt.pt").is_file():
+        # the first start has moved other runs' checkpoints away
+        resumed = load_checkpoint(out / "ckpt.pt")
+        resumed = resumed if resumed["options"] == asdict(o) else None
+        meta = resumed["meta"] if resumed else meta
+    return o, weights, meta, resumed
+
+
 def train(o, explicit):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, main = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
+    o, weights, meta, resumed = start_weights(o, explicit)
     out = Path(o.out_dir)
-
-    resumed = None
-    if o.init_from == "resume":
-        resumed = load_checkpoint(out / "ckpt.pt")
-        saved = {k: v for k, v in resumed["options"].items() if k not in ("init_from", "out_dir", "eval_only")}
-        for name in {f.name for f in fields(SEDDConfig)} & explicit.keys():
-            if explicit[name] != saved[name]:
-                fail(f"{name}={explicit[name]} but {out}/ckpt.pt was trained with {saved[name]}: leave it out to resume")
-        o = Options(**{**saved, **explicit})
-    elif o.init_from != "scratch":
-        fail(f"init_from={o.init_from!r} is none of scratch, resume")
 
     for name, least in {
         "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "cond_dim": 1, "max_steps": 1, "eval_interval": 1,
-        "eval_sequences": 1, "eval_times": 1, "save_interval": 1, "log_interval": 1, "micro_batch_size": 0,
+        "eval_sequences": 0, "eval_times": 1, "save_interval": 1, "log_interval": 1, "micro_batch_size": 0,
         "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
     }.items():  # fmt: skip
-        if not least <= getattr(o, name) < math.inf:  # nan is in no order with anything
-            fail(f"{name}={getattr(o, name)} must be at least {least}")
+        value = getattr(o, name)
+        limit = math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**31
+        if not least <= value < limit:  # nan is in no order with anything
+            fail(f"{name}={value} must be at least {least} and below {limit}")
     for name in "dropout", "ema":
         if not 0 <= getattr(o, name) < 1:
             fail(f"{name}={getattr(o, name)} must be at least 0 and below 1")
@@ -281,8 +406,9 @@ def train(o, explicit):
                          else f"cuda:{local_rank}")  # fmt: skip
     dtype = find_dtype(o.dtype, device)
     data = Data(o)
-    if resumed and resumed["meta"].get("vocab") != data.meta.get("vocab"):
-        fail(f"{out}/ckpt.pt was trained on another vocabulary than {data.folder} has: prepare the same data set")
+    if any(data.meta.get(name) != meta[name] for name in {"tokenizer", "vocab", "vocab_size"} & (meta or {}).keys()):
+        fail(f"{out / 'ckpt.pt' if resumed else o.init_from} was trained on another vocabulary than {data.folder} has: "
+             "name the data set that it was trained on")  # fmt: skip
     torch.manual_seed(o.seed)
     try:
         config = SEDDConfig(data.meta["vocab_size"], o.block_size, o.n_layer, o.n_head, o.n_embd, o.cond_dim,
@@ -292,15 +418,20 @@ def train(o, explicit):
     if main and not o.eval_only:
         try:
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
+        except (OSError, ValueError) as error:
+            fail(f"out_dir={o.out_dir!r} cannot hold the results: {getattr(error, 'strerror', error)}")
+    signals = None  # the group of processes that agrees on signals, without the GPU
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the store outlives a restart by torchrun: the keys of the two must not meet
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        signals = dist.new_group(backend="gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
 
-    model = MODELS[o.parameterization](config).to(device)
+    model = (weights or MODELS[o.parameterization](config)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
     start = 0
@@ -310,12 +441,18 @@ def train(o, explicit):
         optimizer.load_state_dict(resumed["optimizer"])
         start = resumed["step"]
 
-    val = data.fixed_blocks("val", o.eval_sequences)
-    evaluation = lambda: evaluate(ema, val, o.eval_times, o.seed, rank, world, device, dtype)
+    evaluation = lambda bar=False: evaluate(ema, data, o.eval_split, o.eval_sequences, o.eval_times, o.seed,
+                                            rank, world, device, dtype, bar)  # fmt: skip
     if o.eval_only:
-        bound = evaluation()
+        blocks, rows = data.fixed_blocks(o.eval_split, o.eval_sequences)
+        left = len(data.splits[o.eval_split]) - blocks.size
         if main:
-            print(f"step {start}: {describe(*bound, data.meta)}")
+            print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {o.block_size} tokens at "
+                  f"{o.eval_times} times; dropped at the end: {left:,} tokens that fill no block")  # fmt: skip
+        bound = evaluation(bar=main)
+        if main:
+            name = o.init_from if weights else f"step {start}"
+            print(f"{name}: {describe(*bound, data.meta, o.eval_split)}")
         return
 
     if o.compile == "True" or (o.compile == "auto" and device.type == "cuda"):
@@ -324,24 +461,27 @@ def train(o, explicit):
     trained = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None) \
         if world > 1 else model  # fmt: skip
 
-    bar, log = None, None
+    bar, log, pending, tokenizer = None, None, b"", None
     if main:
         n = sum(p.numel() for p in model.parameters())
         print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}; "
               f"{o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
-        before = []
-        if resumed and (out / "log.jsonl").is_file():
-            lines = (out / "log.jsonl").read_text().splitlines()
-            before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        elif not resumed and (out / "ckpt.pt").is_file():
-            os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
-            print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
-        log = open(out / "log.jsonl", "w", buffering=1)
-        log.writelines(line + "\n" for line in before)
+        with contextlib.suppress(OSError, ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
+            tokenizer = Tokenizer(data.meta)
+        try:
+            if not resumed and (out / "ckpt.pt").is_file():
+                os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
+                print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
+            log = open_log(out / "log.jsonl", start)
+        except OSError as error:
+            fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
         bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True,
                    mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
 
+    caught = catch_signals(main)
     parameters, averaged = list(model.parameters()), list(ema.parameters())
+    skipped, in_a_row = torch.zeros(2, device=device)
+    stop, unsaved, told = 0, False, False
     losses, clock, since = [], time.perf_counter(), start
     for step in range(start, o.max_steps):
         torch.manual_seed(mixed_seed(o.seed, step, rank))  # dropout
@@ -359,43 +499,83 @@ def train(o, explicit):
                             else diffusion_loss(trained, model.graph, model.noise, x0, t, x)).mean()  # fmt: skip
                 (loss * (micro / share / o.block_size)).backward()
             losses.append(loss.detach() / o.block_size)
-        if o.grad_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip or math.inf)
+        # The fused optimiser looks at found_inf on the device and leaves such a step out; the host need not wait.
+        bad = (~torch.isfinite(norm + torch.stack(losses[-(share // micro) :]).sum())).float()
+        if world > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        optimizer.found_inf = bad
+        skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # a young average forgets faster, or it would remember the random start
         torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
 
         done = step + 1
+        stop = torch.tensor(caught[0] if caught else 0)
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=signals)
+        last = done == o.max_steps or bool(stop)
         record = {}
-        if done % o.log_interval == 0 or done == o.max_steps:
-            loss = torch.stack(losses).mean()
+        if done % o.log_interval == 0 or last:
+            loss = torch.stack(losses)
+            loss = loss[loss.isfinite()].mean()
             if world > 1:
                 dist.all_reduce(loss)
             rate = (done - since) * o.batch_size * o.block_size / (time.perf_counter() - clock)
             record = {"loss": loss.item() / world, "lr": learning_rate(o, step), "tokens_per_s": round(rate)}
+            if skipped:
+                record["skipped"] = int(skipped)
+            if in_a_row >= 10:
+                first = done - int(in_a_row)
+                sys.exit(f"train.py: error: loss or gradient is not finite in steps {first + 1} to {done}, the first "
+                         f"with Data.batch(o, {first}, range({o.batch_size}), model), seed={o.seed}: try a lower "
+                         "--learning_rate, or another --dtype" if main else 1)  # fmt: skip
+            if main and not told and since > start and not last:
+                bar.write(f"about {duration((o.max_steps - done) * o.batch_size * o.block_size / rate)} to go")
+                told = True
             losses, clock, since = [], time.perf_counter(), done
+            skipped = torch.zeros_like(skipped)
         if done % o.eval_interval == 0 or done == o.max_steps:
             paused = time.perf_counter()
             bound, error = evaluation()
             record |= {"val_bound": bound, "val_error": error}
             if main:
-                bar.write(f"step {done}: validation {describe(bound, error, data.meta)}")
+                bar.write(f"step {done}: {o.eval_split} {describe(bound, error, data.meta, o.eval_split)}")
+                if tokenizer:
+                    bar.write(sample_line(ema, tokenizer, o.seed, device, dtype))
             clock += time.perf_counter() - paused
         if main:
             bar.update()
+            if "loss" in record:
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s")
             if record:
-                log.write(json.dumps({"step": done} | record) + "\n")
-                if "loss" in record:
-                    bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s")
-            if done % o.save_interval == 0 or done == o.max_steps:
-                save_checkpoint(out / "ckpt.pt", {
-                    "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": done, "config": asdict(config), "options": asdict(o), "meta": data.meta,
-                })  # fmt: skip
+                record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+                pending += (json.dumps({"step": done} | record) + "\n").encode()
+                with contextlib.suppress(OSError):  # the disk is full: what it did not take follows with the next line
+                    pending = pending[log.write(pending) :]
+            if done % o.save_interval == 0 or last:
+                try:
+                    save_checkpoint(out / "ckpt.pt", {
+                        "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": done, "config": asdict(config), "options": asdict(o), "meta": data.meta,
+                    })  # fmt: skip
+                    unsaved = False
+                except (OSError, ValueError) as error:
+                    unsaved = True
+                    bar.write(f"warning: step {done} was not saved ({error}); {out}/ckpt.pt is what it was", sys.stderr)
+        if stop:
+            break
     if main:
         bar.close()
-        print(f"{out}/ckpt.pt is ready: python sample.py --out_dir={out}")
+        if pending:
+            print(f"warning: {out}/log.jsonl lacks its last lines: the disk is full", file=sys.stderr)
+        if unsaved:
+            sys.exit(1)
+        print(f"{out}/ckpt.pt " + (f"holds step {done}: python train.py --init_from=resume --out_dir={out} goes on"
+                                   if stop else f"is ready: python sample.py --out_dir={out}"))  # fmt: skip
+    if stop:
+        sys.exit(128 + int(stop))
 
 
 if __name__ == "__main__":
@@ -403,6 +583,13 @@ if __name__ == "__main__":
     explicit = parse(Options)
     try:
         train(Options(**explicit), explicit)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # the words of the CPU and of CUDA
+            raise
+        fail("the memory does not hold this: try a smaller --micro_batch_size, --block_size or model")
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()

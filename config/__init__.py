@@ -21,7 +21,7 @@ WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: 
 def fail(message):
     """One line on standard error, from one process, and exit status 2."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -38,7 +38,7 @@ def convert(name, kind, value):
         try:
             if kind is not bool:
                 return kind(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is kind:
         return value
@@ -52,13 +52,13 @@ def nearest(name, options):
 
 def read_file(path, kinds):
     """The options that a config file assigns, checked against `kinds`, a dict from name to type."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False for what no file can be called
         known = sorted(str(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p)
                        for p in Path(__file__).parent.glob("*.py") if p.name != "__init__.py")  # fmt: skip
         fail(f"there is no config file {path!r}: there are {', '.join(known)}; options are written --key=value")
     try:
         assigned = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fail(f"the config file {path} does not run: {type(error).__name__}: {error}")
     assigned = {k: v for k, v in assigned.items() if not k.startswith("_") and not inspect.ismodule(v)}
     for name in assigned:

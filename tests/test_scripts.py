@@ -348,8 +348,7 @@ def test_resume_after_a_kill_gives_the_same_bits(home, tmp_path, graph, dtype):
     works(call("train.py", *args, "--out_dir=straight", cwd=tmp_path))
     replace = os.replace
     with mock.patch("os.replace", side_effect=[mock.DEFAULT, KeyboardInterrupt], wraps=replace):
-        with pytest.raises(KeyboardInterrupt):
-            call("train.py", *args, "--out_dir=killed", cwd=tmp_path)
+        assert call("train.py", *args, "--out_dir=killed", cwd=tmp_path).returncode == 130
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
     assert killed["step"] == 10 and len(read_log(tmp_path / "killed")) > 10  # the log is ahead of the checkpoint
 

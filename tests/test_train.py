@@ -1,0 +1,450 @@
+"""train.py when things go wrong, and what it says of a model: known answers, signals, kills, full disks, NaN, damage."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+import kill
+import sedd
+import train
+from test_scripts import ROOT, SIZES, TINY, TORCHRUN, L, assert_same, call, complains, files, read_log, run, works
+
+EXAMPLES = int(os.environ.get("FUZZ", 30))
+fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize="FUZZ" not in os.environ,
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the default data set, a short training in out/, and a little data in GPT-2's tokens."""
+    home = tmp_path_factory.mktemp("home")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    works(call("prepare.py", cwd=home))
+    works(call("train.py", *TINY, "--max_steps=20", "--log_interval=5", "--eval_interval=10", cwd=home))
+    (home / "data/bpe").mkdir()
+    sizes = {"train": 400, "val": 100, "test": 333}
+    for split, n in sizes.items():
+        np.random.default_rng(n).integers(50257, size=n).astype("<u2").tofile(home / f"data/bpe/{split}.bin")
+    meta = {"tokenizer": "gpt2", "source": "dice", "vocab_size": 50257, "dtype": "<u2", "sizes": sizes}
+    (home / "data/bpe/meta.json").write_text(json.dumps(meta | {"bytes": {name: 4 * n for name, n in sizes.items()}}))
+    yield home
+    torch.set_num_threads(threads)
+
+
+def launch(home, *args, launcher=(), **more):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-u", *launcher, str(ROOT / "train.py"), *args], cwd=home, env=env,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            errors="replace", **more)  # fmt: skip
+
+
+def wait_for(condition, process, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.01)
+
+
+def read_stream(stream, word):
+    """Read until a line has the word: that line."""
+    for line in stream:
+        if word in line:
+            return line
+    pytest.fail(f"{word!r} never came")
+
+
+def printed_bound(done):
+    bound, error = re.search(r": bound (\S+) ± (\S+) nats", works(done).stdout).groups()
+    return float(bound), float(error)
+
+
+def checkpoint(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+
+def put_checkpoint(home, out, change):
+    """A copy of the checkpoint in home/out, changed, in home/`out`."""
+    changed = checkpoint(home / "out")
+    change(changed)
+    (home / out).mkdir(exist_ok=True)
+    torch.save(changed, home / out / "ckpt.pt")
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("options", ["", "--graph=uniform", "--parameterization=mean", "--parameterization=causal"])
+def test_a_fresh_model_knows_nothing(home, options):
+    """All its scores are equal: it needs log(vocab) nats for a token."""
+    args = [*TINY, *options.split(), "--eval_only", "--eval_sequences=64", "--eval_times=16"]
+    bound, error = printed_bound(call("train.py", *args, cwd=home))
+    vocab_size = json.loads((home / "data/pydocs/meta.json").read_text())["vocab_size"]
+    assert bound == pytest.approx(math.log(vocab_size), abs=3 * error + 1e-4)
+    assert error < bound / 50
+
+
+def test_the_printed_error_is_the_spread_over_seeds(home):
+    args = [*TINY, "--eval_only", "--eval_sequences=16", "--eval_times=16", "--dtype=float32"]
+    found = [printed_bound(call("train.py", *args, f"--seed={seed}", cwd=home)) for seed in range(20)]
+    bounds, errors = np.array(found).T
+    ratio = 19 * bounds.var(ddof=1) / (errors**2).mean()
+    assert chi2.ppf(0.001, 19) < ratio < chi2.ppf(0.999, 19)
+
+
+def test_two_processes_print_the_bound_of_one(home):
+    args = [*TINY, "--init_from=out", "--eval_only", "--eval_sequences=0", "--eval_split=test", "--eval_times=1"]
+    one = works(call("train.py", *args, cwd=home))
+    two = works(run("train.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    assert one.stdout == two.stdout
+    assert re.search(r"^out: bound \d\.\d{4} ", one.stdout, re.MULTILINE)
+
+
+def test_evaluation_says_what_it_leaves_out(home):
+    args = [*TINY, "--dataset=bpe", "--eval_only", "--eval_sequences=0", "--eval_split=test"]
+    done = works(call("train.py", *args, cwd=home))
+    assert f"10 of 10 blocks of {L} tokens" in done.stdout and f"{333 - 10 * L} tokens that fill no block" in done.stdout
+
+
+def test_bits_are_counted_on_the_original_text(home, tmp_path):
+    args = [*TINY, "--dataset=bpe", "--eval_only"]
+    done = works(call("train.py", *args, cwd=home))
+    bound, _ = printed_bound(done)
+    assert float(re.search(r"(\S+) bits per byte", done.stdout)[1]) == pytest.approx(bound / math.log(2) / 4, abs=1e-4)
+    shutil.copytree(home / "data/bpe", tmp_path / "data/bpe")
+    meta = json.loads((home / "data/bpe/meta.json").read_text())
+    del meta["bytes"]
+    (tmp_path / "data/bpe/meta.json").write_text(json.dumps(meta))
+    older = works(call("train.py", *args, cwd=tmp_path))
+    assert older.stdout == done.stdout.replace(re.search(r", \S+ bits per byte", done.stdout)[0], "")
+
+
+# -------------------------------------------------------------------------------------------------- start weights
+
+
+@pytest.fixture(scope="module")
+def published(home):
+    torch.manual_seed(0)
+    sedd.SEDD(sedd.SEDDConfig(50257, L, 1, 2, 32, 16, 0.0)).save_pretrained(home / "published")
+    return home
+
+
+def test_published_weights_are_evaluated_on_their_vocabulary(published):
+    bound, error = printed_bound(call("train.py", "--init_from=published", "--dataset=bpe", "--eval_only", cwd=published))
+    assert bound == pytest.approx(math.log(50257), abs=4 * error)
+    done = call("train.py", "--init_from=published", "--eval_only", cwd=published)
+    complains(done, "train.py", "published", "another vocabulary", "data/pydocs")
+    done = call("train.py", "--init_from=out", "--dataset=bpe", "--eval_only", cwd=published)
+    complains(done, "train.py", "out", "another vocabulary", "data/bpe")
+
+
+def test_fine_tuning_starts_from_the_averaged_weights(home):
+    before = files(home / "out")
+    args = ["--init_from=out", "--out_dir=tuned", "--learning_rate=0", "--max_steps=2", "--device=cpu"]
+    works(call("train.py", *args, cwd=home))
+    a, b = checkpoint(home / "out"), checkpoint(home / "tuned")
+    assert_same(a["ema"], b["model"])
+    assert_same(a["ema"], b["ema"])
+    assert b["config"] == a["config"] and b["step"] == 2
+    assert files(home / "out") == before
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--init_from=out --n_layer=2 --out_dir=x", ["n_layer=2", "out was trained with 1", "--n_layer=1"]),
+    ("--init_from=out --graph=uniform --eval_only", ["graph=uniform", "absorb"]),
+    ("--init_from=out", ["'out'", "out_dir as well"]),
+    ("--init_from=data --eval_only", ["data does not hold"]),
+])  # fmt: skip
+def test_start_weights_that_do_not_fit(home, line, words):
+    before = files(home)
+    complains(call("train.py", *line.split(), cwd=home), "train.py", *words)
+    assert files(home) == before
+
+
+# -------------------------------------------------------------------------------------------------------- signals
+
+
+def test_sigterm_ends_the_step_and_loses_nothing(home):
+    args = [*TINY, "--dropout=0.1", "--log_interval=1", "--save_interval=100000", "--decay_lr=False"]
+    process = launch(home, *args, "--max_steps=100000", "--out_dir=termed")
+    log = home / "termed/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 5, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err
+    step = checkpoint(home / "termed")["step"]
+    assert step >= 5 and [record["step"] for record in read_log(home / "termed")] == list(range(1, step + 1))
+    assert f"holds step {step}" in out
+    advice = re.search(r"python train.py (.*) goes on", out)[1].split()
+    works(call("train.py", *advice, f"--max_steps={step + 3}", cwd=home))
+    works(call("train.py", *args, f"--max_steps={step + 3}", "--out_dir=unbroken", cwd=home))
+    a, b = checkpoint(home / "termed"), checkpoint(home / "unbroken")
+    for part in "step", "model", "ema", "optimizer":
+        assert_same(a[part], b[part], part)
+
+
+def test_second_sigint_ends_at_once(home):
+    """The first would wait for an evaluation of hours."""
+    process = launch(home, *TINY, "--eval_interval=1", "--eval_times=10000000", "--out_dir=hasty")
+    read_stream(process.stdout, "parameters")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    read_stream(process.stderr, "stopping after this step")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in err
+
+
+def test_sigint_during_an_evaluation(home):
+    process = launch(home, *TINY, "--eval_only", "--eval_times=10000000")
+    read_stream(process.stdout, "blocks")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+def test_killed_again_and_again(home, tmp_path):
+    (tmp_path / "data").symlink_to(home / "data")
+    counts = kill.trial(tmp_path, 3)
+    assert counts["kills"] == 3 and counts["resumes"] >= 1
+
+
+def test_torchrun_restarts_after_the_loss_of_a_process(home):
+    args = [*TINY, "--dropout=0.1", "--max_steps=60", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
+    launcher = [*TORCHRUN, "--nproc-per-node=2"]
+    (home / "robust").mkdir()
+    # another run's checkpoint lies there, of the last step
+    put_checkpoint(home, "robust", lambda c: c.update(step=60))
+    works(run("train.py", *args, "--out_dir=quiet", cwd=home, launcher=launcher))
+    process = launch(home, *args, "--out_dir=robust", launcher=[*launcher, "--max-restarts=3"], start_new_session=True)
+    log = home / "robust/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 12, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(*second), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert re.search(r"steps [1-9]\d* to 60", out)
+    a, b = checkpoint(home / "robust"), checkpoint(home / "quiet")
+    for part in "step", "model", "ema", "optimizer":
+        assert_same(a[part], b[part], part)
+
+
+# ------------------------------------------------------------------------------------------------------ full disk
+
+
+def limit_files(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_full_disk_at_the_end_keeps_the_old_checkpoint(home):
+    shutil.copytree(home / "out", home / "full")
+    before = (home / "full/ckpt.pt").read_bytes()
+    process = launch(home, "--init_from=resume", "--out_dir=full", "--max_steps=40", "--save_interval=10",
+                     preexec_fn=limit_files(20_000))  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert re.findall(r"warning: step (\d+) was not saved", err) == ["30", "40"]
+    assert (home / "full/ckpt.pt").read_bytes() == before
+    assert sorted(p.name for p in (home / "full").iterdir()) == ["ckpt.pt", "log.jsonl"]
+
+
+def test_the_run_goes_on_when_the_disk_has_room_again(home):
+    args = [*TINY, "--max_steps=100000", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
+    process = launch(home, *args, "--out_dir=tight", preexec_fn=limit_files(150))
+    read_stream(process.stderr, "warning: step 5 was not saved")
+    assert (home / "tight/log.jsonl").stat().st_size <= 150
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wait_for((home / "tight/ckpt.pt").is_file, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    step = checkpoint(home / "tight")["step"]
+    assert [record["step"] for record in read_log(home / "tight")] == list(range(1, step + 1))
+
+
+# ----------------------------------------------------------------------------------------------------- not finite
+
+
+def test_a_learning_rate_out_of_this_world_stops_the_run(home):
+    args = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=100", "--save_interval=1", "--out_dir=wild"]
+    done = call("train.py", *TINY, *args, "--seed=3", cwd=home)
+    assert "Traceback" not in done.stderr
+    first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.returncode).groups())
+    assert last - first >= 9 and last <= 30
+    assert f"Data.batch(o, {first - 1}, range(4), model), seed=3" in done.returncode
+    log = read_log(home / "wild")
+    assert sum(record.get("skipped", 0) for record in log) >= 1
+    if (home / "wild/ckpt.pt").is_file():
+        assert all(tensor.isfinite().all() for tensor in checkpoint(home / "wild")["model"].values())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(home):
+    """One rare character has an embedding that is not a number: it spoils the steps that see it, and no other."""
+    meta = json.loads((home / "data/pydocs/meta.json").read_text())
+    o = train.Options(**SIZES, data_dir=str(home / "data"))
+    model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
+    data = train.Data(o)
+    seen = [{*data.batch(o, step, range(4), model)[2].flatten().tolist()} for step in range(20, 40)]
+    count = lambda token: sum(token in tokens for tokens in seen)
+    token = next(t for t in range(meta["vocab_size"]) if 2 <= count(t) <= 4)
+    spoilt = [token in tokens for tokens in seen]
+
+    def spoil(saved):
+        saved["model"]["vocab_embed.weight"][token] = math.nan
+
+    put_checkpoint(home, "spoilt", spoil)
+    args = ["--init_from=resume", "--out_dir=spoilt", "--max_steps=40", "--save_interval=10", "--log_interval=1"]
+    before = (home / "spoilt/ckpt.pt").read_bytes()
+    done = call("train.py", *args, cwd=home)
+    assert done.returncode == 1 and done.stderr.count("was not saved (its numbers are not all finite)") == 2
+    assert (home / "spoilt/ckpt.pt").read_bytes() == before
+    assert ["skipped" in record for record in read_log(home / "spoilt")] == spoilt
+
+
+def test_ten_in_a_row_stop_the_run(home):
+    def spoil(saved):
+        saved["model"]["output_layer.linear.bias"][0] = math.nan
+
+    put_checkpoint(home, "still", spoil)
+    done = call("train.py", "--init_from=resume", "--out_dir=still", "--max_steps=40", "--log_interval=10", cwd=home)
+    assert "not finite in steps 21 to 30" in done.returncode
+
+
+# ------------------------------------------------------------------------------------------------------- pleasure
+
+
+def test_each_evaluation_shows_a_text_and_disturbs_nothing(home):
+    args = [*TINY, "--dropout=0.1", "--max_steps=6", "--log_interval=2"]
+    often = works(call("train.py", *args, "--eval_interval=2", "--out_dir=often", cwd=home))
+    never = works(call("train.py", *args, "--eval_interval=100", "--out_dir=never", cwd=home))
+    shown = [line for line in often.stdout.splitlines() if line[:1] in "'\""]
+    assert len(shown) == 3 and all(len(eval(line)) == L for line in shown)
+    assert len([line for line in never.stdout.splitlines() if line[:1] in "'\""]) == 1
+    assert re.search(r"about \d+ min to go", often.stdout)
+    assert_same(checkpoint(home / "often")["model"], checkpoint(home / "never")["model"])
+
+
+def test_without_the_bpe_files_training_shows_no_text(home, monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: open("/nowhere"))
+    done = works(call("train.py", *TINY, "--dataset=bpe", "--max_steps=1", "--out_dir=offline", cwd=home))
+    assert not [line for line in done.stdout.splitlines() if line[:1] in "'\""]
+
+
+# ----------------------------------------------------------------------------------------------------------- fuzz
+
+
+def one_line_or(done, *codes):
+    """A run that ends as it should, or one line that says why not."""
+    if done.returncode not in codes:
+        complains(done, "train.py")
+    return done.returncode in codes
+
+
+@pytest.fixture(scope="module")
+def truth(home):
+    return works(call("train.py", "--init_from=resume", "--eval_only", cwd=home)).stdout
+
+
+@fuzz
+@given(st.data())
+def test_damaged_checkpoints(home, truth, data):
+    """Any byte changed, or the tail cut off: refused, or (where the byte says nothing) the same answer."""
+    whole = (home / "out/ckpt.pt").read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1) | st.integers(len(whole) - 5000, len(whole) - 1))
+    if data.draw(st.booleans()):
+        broken = whole[:place]
+    else:
+        broken = whole[:place] + bytes([whole[place] ^ data.draw(st.integers(1, 255))]) + whole[place + 1 :]
+    (home / "broken").mkdir(exist_ok=True)
+    (home / "broken/ckpt.pt").write_bytes(broken)
+    done = call("train.py", "--init_from=resume", "--out_dir=broken", "--eval_only", cwd=home)
+    if one_line_or(done, 0):
+        assert done.stdout == truth and len(broken) == len(whole)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=5)  # fmt: skip
+
+
+@fuzz
+@given(field=st.sampled_from(["tokenizer", "vocab", "vocab_size", "dtype", "sizes", "bytes", "source", "all"]),
+       value=JSON | st.sampled_from(["gpt2", "char", "<u4", "<u2", 50257, ["a", "b"], {"train": 5, "val": 5}]))  # fmt: skip
+def test_meta_with_a_wrong_field(home, truth, field, value):
+    folder = home / "data/odd"
+    if not folder.is_dir():
+        shutil.copytree(home / "data/pydocs", folder)
+    meta = json.loads((home / "data/pydocs/meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(value if field == "all" else meta | {field: value}))
+    done = call("train.py", "--init_from=resume", "--dataset=odd", "--eval_only", cwd=home)
+    if one_line_or(done, 0):
+        assert field in ("source", "bytes") or meta[field] == value
+        assert done.stdout == truth.replace("pydocs", "odd")
+
+
+@fuzz
+@given(st.data())
+def test_data_files_of_another_size_or_with_foreign_tokens(home, truth, data):
+    folder = home / "data/cut"
+    if not folder.is_dir():
+        shutil.copytree(home / "data/pydocs", folder)
+    whole = (home / "data/pydocs/val.bin").read_bytes()
+    if data.draw(st.booleans()):
+        broken = whole[: data.draw(st.integers(0, len(whole) - 1))] + b"x" * data.draw(st.integers(0, 3))
+        accepted = len(broken) == len(whole)
+    else:
+        broken, accepted = b"\xff" * len(whole), False
+    (folder / "val.bin").write_bytes(broken)
+    done = call("train.py", "--init_from=resume", "--dataset=cut", "--eval_only", cwd=home)
+    if done.returncode:  # the bar may have begun
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert sum("train.py: error: " in line for line in done.stderr.splitlines()) == 1
+    else:
+        assert accepted
+
+
+NUMBERS = st.sampled_from(["-1", "0", "1", "2", "3", "7", "64", "1e3", "1e30", "nan", "inf", "-inf", "", "x", str(10**30)])
+FLAGS = [f for f in train.Options.__dataclass_fields__ if f not in ("max_steps", "out_dir", "data_dir", "compile")]
+
+
+@fuzz
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), NUMBERS | st.text(max_size=5).filter(lambda t: "\0" not in t)), max_size=3))
+def test_options(home, pairs):
+    args = [f"--{name}={value}" for name, value in pairs]
+    if any(name in ("n_layer", "n_embd", "cond_dim", "batch_size", "eval_times") and len(value) > 2 for name, value in pairs):
+        args.append("--n_head=0")  # a model of that size would be built in earnest
+    done = call("train.py", *TINY, "--out_dir=options", *args, "--max_steps=2", cwd=home)
+    if one_line_or(done, 0, 1):
+        assert done.stdout
+
+
+@fuzz
+@given(st.lists(st.tuples(st.sampled_from(["n_layer", "seed", "dropout", "dtype", "decay_lr", "dataset", "colour", "x y"]),
+                          JSON | st.sampled_from(["exit()", "1/0", "10**400", "open", "'bfloat16'", "2", "0.1"])), max_size=3))  # fmt: skip
+def test_config_files(home, pairs):
+    lines = [f"{name} = {value if isinstance(value, str) and data_is_code(value) else value!r}" for name, value in pairs]
+    (home / "fuzz.py").write_text("\n".join(lines).encode("utf-8", "replace").decode())
+    done = call("train.py", *TINY, "fuzz.py", "--out_dir=configs", "--n_layer=1", "--max_steps=2", cwd=home)
+    one_line_or(done, 0)
+
+
+def data_is_code(value):
+    return value in ("exit()", "1/0", "10**400", "open", "'bfloat16'", "2", "0.1")
