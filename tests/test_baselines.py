@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sedd import D3PM, GPT, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
-from test_theory import PAIR, ROW, Oracle, both_graphs, sequences
+from test_theory import PAIR, ROW, Oracle, all_graphs, sequences
 
 both_names = pytest.mark.parametrize("name", ["absorb", "uniform"])
 
@@ -30,7 +30,7 @@ def exact_means(oracle, sigma):
     return means / joint.sum(-1)[:, None, None]
 
 
-@both_graphs
+@all_graphs
 @pytest.mark.parametrize("sigma", [0.01, 0.6, 4.0])
 @pytest.mark.parametrize("p0", [PAIR, ROW], ids=["pair", "row"])
 def test_exact_means_give_exact_scores(graph, sigma, p0):

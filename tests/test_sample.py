@@ -48,8 +48,9 @@ def save(folder, model, meta=None):
     """A checkpoint as far as train.py's readers look into it."""
     folder.mkdir()
     meta = meta or {"tokenizer": "char", "vocab_size": len(VOCAB), "vocab": VOCAB}
-    checkpoint = {"ema": model.state_dict(), "config": asdict(model.config), "meta": meta}
-    torch.save({"model": {}, **checkpoint}, folder / "ckpt.pt")
+    checkpoint = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": {"state": {}}, "step": 0,
+                  "config": asdict(model.config), "options": {}, "meta": meta}  # fmt: skip
+    torch.save(checkpoint, folder / "ckpt.pt")
 
 
 @pytest.fixture(scope="module")
