@@ -3,8 +3,8 @@
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
 parameters, tokens and optimiser. Run `python prepare.py shakespeare_char` (and `python prepare.py`) first.
 
-train     every training: for each system the best of three learning rates, chosen by validation after a third of the
-          steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
+train     every training: for each system the best of three learning rates, chosen by validation after a quarter of
+          the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures of the README, assets/*.svg.
@@ -19,6 +19,7 @@ import concurrent.futures
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,13 +33,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sedd  # noqa: E402
-from train import autocast, evaluate, find_device, find_dtype, load_model  # noqa: E402
+from train import Data, Options, autocast, evaluate, find_device, find_dtype, load_model  # noqa: E402
 
 RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
 TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
-RATES, SEEDS, STEPS = (1e-3, 2e-3, 4e-3), (1, 2, 3), 2000
+RATES, SEEDS, STEPS, SEARCH = (1e-3, 2e-3, 4e-3), (1, 2, 3), 2400, 600
 lock = threading.Lock()  # the random state is the process's
 
 
@@ -70,7 +71,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, init_from="resume" if (out / "ckpt.pt").is_file() else "scratch")  # fmt: skip
-    options |= dict(eval_sequences=96, eval_times=8, save_interval=250)
+    options |= dict(eval_sequences=96, eval_times=8, save_interval=200, compile=shutil.which("c++") is not None)
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
@@ -86,16 +87,14 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
 
 def test_bound(out, dataset):
     """Bound (of GPT: the value) over the whole test split, nats per character, and its standard error."""
-    model, meta = load_model(out)
-    tokens, _ = data("test", dataset)
-    L = model.config.block_size
-    blocks = tokens[: len(tokens) // L * L].view(-1, L)
+    model, _ = load_model(out)
+    o = Options(dataset=dataset, data_dir=ROOT / "data", block_size=model.config.block_size, eval_only=True, eval_split="test")
     device = find_device("cpu")
-    return evaluate(model, blocks, 32, 0, 0, 1, device, find_dtype("auto", device))
+    return evaluate(model, Data(o), "test", 0, 32, 0, 0, 1, device, find_dtype("auto", device))
 
 
 def best_rate(system):
-    return min(RATES, key=lambda rate: last_validation(log_of(system, rate, SEEDS[0], STEPS // 3)))
+    return min(RATES, key=lambda rate: last_validation(log_of(system, rate, SEEDS[0], SEARCH)))
 
 
 def last_validation(log):
@@ -117,7 +116,7 @@ def train(a):
             for done in [pool.submit(run_training, *run) for run in runs]:
                 done.result()
 
-    all_of((system, rate, SEEDS[0], STEPS // 3) for system in SYSTEMS for rate in RATES)
+    all_of((system, rate, SEEDS[0], SEARCH) for system in SYSTEMS for rate in RATES)
     all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in SYSTEMS)
     winners = [best_times(name) for name in TITLES]
     all_of((system, best_rate(system), SEEDS[0], STEPS, "pydocs") for system in winners)
@@ -302,11 +301,11 @@ def tables(a):
     rows = []
     for system in SYSTEMS:
         rate = best_rate(system)
-        searched = ", ".join(f"{last_validation(log_of(system, r, SEEDS[0], STEPS // 3)):.3f}" for r in RATES)
+        searched = ", ".join(f"{last_validation(log_of(system, r, SEEDS[0], SEARCH)):.3f}" for r in RATES)
         pydocs = log_of(system, rate, SEEDS[0], STEPS, "pydocs")
         rows.append([TITLES[system[0]], "" if system[0] == "gpt" else TIMES[system[1]], searched, f"{rate:g}",
                      spread(tests(system)), f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
-    table(["system", "times of training", f"validation after {STEPS // 3} steps at rates {', '.join(f'{r:g}' for r in RATES)}",
+    table(["system", "times of training", f"validation after {SEARCH} steps at rates {', '.join(f'{r:g}' for r in RATES)}",
            "rate", "test, Shakespeare", "test, pydocs"], rows)  # fmt: skip
     table(["system", "sampler", "calls", "judge's perplexity", "entropy", "seconds"], [
         [TITLES.get(r["system"], "held-out text"), r.get("sampler", ""), r.get("steps", ""), f"{r['perplexity']:.2f}",
