@@ -1,5 +1,6 @@
 """train.py when things go wrong, and what it says of a model: known answers, signals, kills, full disks, NaN."""
 
+import contextlib
 import json
 import math
 import os
@@ -228,22 +229,32 @@ def test_killed_again_and_again(home, tmp_path):
     assert counts["kills"] == 3 and counts["resumes"] >= 1
 
 
+def second_of(process):
+    """The process id of rank 1 below torchrun, or None."""
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+                return int(pid)
+
+
 def test_torchrun_restarts_after_the_loss_of_a_process(home):
-    args = [*TINY, "--dropout=0.1", "--max_steps=60", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
+    """One process of two is told to stop, and all stop at one step; torchrun starts them again; one is killed."""
+    args = [*TINY, "--dropout=0.1", "--max_steps=80", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
     launcher = [*TORCHRUN, "--nproc-per-node=2"]
-    (home / "robust").mkdir()
-    # another run's checkpoint lies there, of the last step
-    put_checkpoint(home, "robust", lambda c: c.update(step=60))
     works(run("train.py", *args, "--out_dir=quiet", cwd=home, launcher=launcher))
-    process = launch(home, *args, "--out_dir=robust", launcher=[*launcher, "--max-restarts=3"], start_new_session=True)
-    log = home / "robust/log.jsonl"
-    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 12, process)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(int(*second), signal.SIGKILL)
+    # another run's checkpoint lies there, of the last step
+    put_checkpoint(home, "robust", lambda saved: saved.update(step=80))
+    process = launch(home, *args, "--out_dir=robust", launcher=[*launcher, "--max-restarts=3"])
+    log, ended = home / "robust/log.jsonl", []
+    for lines, number in (8, signal.SIGTERM), (28, signal.SIGKILL):
+        wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > lines, process)
+        wait_for(lambda: second_of(process) not in (None, *ended), process)
+        ended.append(second_of(process))
+        os.kill(ended[-1], number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.search(r"steps [1-9]\d* to 60", out)
+    stopped, *resumed = map(int, re.findall(r"(?:holds step|steps) (\d+)(?=: python| to 80)", out.split("steps 0 to 80")[1]))
+    assert 8 < stopped == resumed[0] < resumed[1] < 80 and resumed[1] % 5 == 0
     a, b = checkpoint(home / "robust"), checkpoint(home / "quiet")
     for part in "step", "model", "ema", "optimizer":
         assert_same(a[part], b[part], part)
