@@ -345,7 +345,8 @@ def open_log(path, step):
 
 
 def duration(seconds):
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return next(f"{seconds / unit:.0f} {name}" for unit, name in ((3600, "h"), (60, "min"), (1, "s"))
+                if seconds >= 1.5 * unit or unit == 1)  # fmt: skip
 
 
 def start_weights(o, explicit):

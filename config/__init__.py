@@ -76,6 +76,7 @@ def parse(Options, positional=None, argv=None):
     """
     kinds = typing.get_type_hints(Options)
     parser = argparse.ArgumentParser(
+        usage=f"%(prog)s [{positional.upper() if positional else 'CONFIG ...'}] [--key=value ...]",
         description=inspect.getdoc(Options), allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
     )  # fmt: skip
