@@ -238,7 +238,7 @@ def test_bound_needs_its_prior_term(graph):
     The bound is then exact, within 5 standard errors (false alarm 9 x 6e-7), and without its prior term would not be.
     """
     noise, p0 = LogLinearNoise(eps=0.4), torch.full((V, V), 1 / V**2, dtype=torch.float64)
-    bound, error = bound_of_each(Oracle(graph, p0), graph, noise, 2, copies=4000, num_times=32)
+    bound, error = bound_of_each(Oracle(graph, p0), graph, noise, 2, copies=6000, num_times=32)
     assert ((bound - 2 * math.log(V)).abs() < 5 * error).all()
     T = Oracle(graph, p0).transition(noise(torch.ones(1))[0])[0, :, 0]
     base = torch.full((V,), 1 / V).double() if graph.mask_id is None else torch.tensor([0.4 / 3] * 3 + [0.6]).double()
