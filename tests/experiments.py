@@ -63,7 +63,7 @@ def log_of(*run):
 
 
 def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
-    """Train and test, if it is not done yet."""
+    """Train, and test if it is no search for a learning rate, unless it has been done."""
     name, times = system
     run = system, rate, seed, steps, dataset
     out = WEIGHTS / name_of(*run)
@@ -77,12 +77,14 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
-    with lock:
-        bound, error = test_bound(out, dataset)
     lines = (out / "log.jsonl").read_text()
+    if steps == STEPS:
+        with lock:
+            bound, error = test_bound(out, dataset)
+        lines += json.dumps({"test": bound, "test_error": error}) + "\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{out.name}.jsonl").write_text(lines + json.dumps({"test": bound, "test_error": error}) + "\n")
-    print(f"{out.name}: test {bound:.4f} ± {error:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
+    (RESULTS / f"{out.name}.jsonl").write_text(lines)
+    print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def test_bound(out, dataset):
