@@ -31,7 +31,7 @@ class Options:
     out_dir: str = "out"  # where train.py left ckpt.pt
     init_from: str = ""  # other weights: a run's folder, or published ones (louaaron/sedd-small)
     # the text
-    prefix: str = ""  # text to begin with (kept text is exact under the absorbing graph only)
+    prefix: str = ""  # text to begin with (kept text is heeded fully under the absorbing graph only)
     suffix: str = ""  # text to end with
     infill: str = ""  # a text in which {n} stands for n tokens to write
     length: int = 0  # tokens in a text, kept ones included; 0: the model's block_size
@@ -40,7 +40,7 @@ class Options:
     steps: int = 128  # calls of the network for a batch: more are slower and better
     sampler: Literal["tweedie", "euler"] = "tweedie"  # how a step uses the scores
     seed: int = 1337  # of the draws
-    watch: bool = False  # see the first text being written, in a terminal
+    watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
     judge: str = ""  # tell the perplexity of the texts under this language model (gpt2-large)
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

@@ -20,8 +20,8 @@ with the learned score.
     7. Published weights
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
-the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt
-(in `tweedie_probs` alone it is a finite difference: the noise to undo). Losses and bounds are in nats.
+the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the
+paper's sigma-bar and sigma (in `tweedie_probs` alone it is a finite difference: the noise to undo). Losses and bounds are in nats.
 """
 
 import json
@@ -362,7 +362,7 @@ class OutputLayer(nn.Module):
 
 
 class VocabularySums(torch.autograd.Function):
-    """The three sums of the loss for the logits z = h W^T + b, without ever holding z.
+    """The three sums of the loss for the logits z = h W^T + b, without holding all of a large z.
 
     h (R, d), W (S, d), b (S,), x and x0 (R,) -> sum over y != x of e^{z_y}, sum over y != x of z_y, and z_x0
     (0 where x0 = x), each (R,) in float32. Score entropy has no softmax: it is a plain sum over y. So the
@@ -621,13 +621,13 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
     `euler` is tau-leaping: for the length of a step every position jumps at the rates of its beginning.
     `tweedie` is the step that is optimal among those that move each position independently, and exact for a
-    single position. The last step of both is Tweedie's, from wherever the noise is down to none.
+    single position. The last step of both is Tweedie's, from wherever the noise is down to none. (Under the absorbing
+    graph with log-linear noise the two are the same: the rates of its beginning are the step's.)
 
     prompt (B, L) has a token where it is to be kept and -1 where one is to be generated. Under the absorbing
-    graph this samples p(rest | kept) at any positions: a kept token looks just like one that noise has missed.
-    Under the uniform graph it is approximate: the scores take a kept token for one that may be noisy, and believe
-    it too little. (Noising the kept tokens anew at each step, the usual remedy, is worse on the enumerable example
-    of the tests.)
+    graph this samples p(rest | kept) at any positions, as exactly as it samples without: a kept token looks just
+    like one that noise has missed. Under the uniform graph it stays approximate however small the steps: the scores
+    take a kept token for one that may be noisy, and believe it too little.
     callback(step, x), if given, sees each state from the prior (step 0) to the last.
     """
     if steps < 1:
@@ -690,11 +690,11 @@ class D3PM(SEDD):
 
         r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0,
 
-    whose weight dsigma r is 1 / t under log-linear noise (up to eps): the weighted cross-entropy known as MDLM.
+    whose weight dsigma r is 1 / t under log-linear noise: the weighted cross-entropy known as MDLM.
     Under the uniform graph, with R = 1 + N / (e^sigma - 1), the ratio is 1 / R for x0 = x, R for x0 = y and
     1 for any other x0: score_y = mu_x / R + mu_y R + (1 - mu_x - mu_y).
 
-    The softmax needs all logits of a position at once: large vocabularies ask for memory that SEDD does not.
+    This plain version holds all logits of a position at once, for its softmax: it is not made for large vocabularies.
     """
 
     def log_score(self, h, sigma, x):

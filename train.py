@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import fail, parse
 from prepare import Tokenizer
-from sedd import GPT, GRAPHS, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
+from sedd import GPT, GRAPHS, MODELS, NOISES, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Options:
     init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt with its options; a folder or hub id: its weights
     # model
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
-    noise: Literal["loglinear", "geometric"] = "loglinear"  # how noise grows with time
-    parameterization: Literal["score", "mean", "causal"] = "score"  # what is learned: SEDD, D3PM, or GPT
+    noise: Literal[tuple(NOISES)] = "loglinear"  # how noise grows with time
+    parameterization: Literal[tuple(MODELS)] = "score"  # what is learned: SEDD, D3PM, or GPT
     block_size: int = 128  # tokens in a sequence
     n_layer: int = 4  # transformer blocks
     n_head: int = 3  # attention heads
@@ -231,7 +231,7 @@ class Data:
         A pure function of (seed, step, index), however many processes share the batch. The times of the whole
         batch are one low-discrepancy set: uniform, or pushed towards 1/2, to where most of the learning is
         (arXiv 2605.13026). That changes how much each noise level counts in the training loss, which then is
-        no bound on the likelihood; the bound that `evaluate` reports always has the paper's uniform times.
+        no bound on the likelihood; `evaluate` always estimates the paper's integral over even times.
         """
         shift = np.random.default_rng((o.seed, step)).random()
         t = 1 - (shift + torch.tensor(indices, dtype=torch.float64) / o.batch_size) % 1

@@ -97,7 +97,7 @@ def parse(Options, positional=None, argv=None):
     if positional:
         parser.add_argument("words", nargs="?", metavar=positional.upper(), help=f"same as --{positional}")
     else:
-        parser.add_argument("words", nargs="*", metavar="CONFIG", help="config files, such as config/owt.py")
+        parser.add_argument("words", nargs="*", metavar="CONFIG", help="files of such options, as Python assignments")
     found, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         fail(nearest(word.lstrip("-").split("=")[0], kinds) if word.startswith("-") else f"unexpected {word!r}")

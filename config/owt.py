@@ -3,7 +3,7 @@
 dataset = "owt"
 out_dir = "out/owt"
 
-n_layer, n_head, n_embd = 12, 12, 768
+n_layer, n_head, n_embd, cond_dim = 12, 12, 768, 128
 block_size = 1024
 dropout = 0.1
 

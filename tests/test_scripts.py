@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import prepare  # noqa: E402
 import sample  # noqa: E402
+import sedd  # noqa: E402
 import train  # noqa: E402
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "cond_dim": 16, "block_size": 32, "batch_size": 4,
@@ -437,6 +439,12 @@ def test_command_line_beats_config_file_beats_default(tmp_path):
 def test_config_files_of_the_repository_parse(path):
     found = config.parse(train.Options, argv=[str(path)])
     assert found and isinstance(train.Options(**found), train.Options)
+
+
+def test_owt_is_the_published_small_model():
+    options = train.Options(**config.parse(train.Options, argv=[str(ROOT / "config" / "owt.py")]))
+    for field in fields(sedd.SEDDConfig):
+        assert field.name == "vocab_size" or getattr(options, field.name) == field.default
 
 
 @pytest.mark.parametrize("module", [prepare, train, sample], ids=lambda m: m.__name__)

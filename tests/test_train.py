@@ -171,7 +171,7 @@ def test_fine_tuning_starts_from_the_averaged_weights(home):
     ("--init_from=out --n_layer=2 --out_dir=x", ["n_layer=2", "out was trained with 1", "--n_layer=1"]),
     ("--init_from=out --graph=uniform --eval_only", ["graph=uniform", "absorb"]),
     ("--init_from=out", ["'out'", "out_dir as well"]),
-    ("--init_from=data --eval_only", ["data does not hold"]),
+    ("--init_from=data --eval_only", ["data' is no folder or hub"]),
 ])  # fmt: skip
 def test_start_weights_that_do_not_fit(home, line, words):
     before = files(home)
