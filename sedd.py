@@ -290,6 +290,8 @@ class SEDDConfig:
         for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.graph not in {"mean": ("absorb", "uniform"), "causal": ("absorb",)}.get(self.parameterization, GRAPHS):
+            raise ValueError(f"parameterization={self.parameterization!r} has no graph={self.graph!r}: try --graph=absorb")
 
 
 class SigmaMap(nn.Module):
@@ -514,8 +516,8 @@ class SEDD(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------
 # 4. Loss. Each function takes as `model` any callable with the two forms of SEDD.forward, model(x, sigma)
-# and model(x, sigma, x0): the tests pass exact scores where training passes the network. (The samplers use
-# its log_score_rows as well, if there is one.)
+# and model(x, sigma, x0): the tests pass exact scores where training passes the network. Its log score must be 0 at
+# y = x, the ratio of x to itself. (The samplers use its log_score_rows as well, if there is one.)
 # ------------------------------------------------------------------------------------------------------
 
 
@@ -768,6 +770,8 @@ def from_pretrained(path_or_hub_id):
     folder = Path(path_or_hub_id)
     try:
         if not folder.is_dir():
+            if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id)[0] in "/.~":
+                raise ValueError("there is no such folder, and a hub id is written owner/name")
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=[CONFIG, SAFE, BIN]))
@@ -818,8 +822,10 @@ def save_pretrained(model, folder):
     config.json, and so holds no model, while the finished files move in.
     """
     config, folder = model.config, Path(folder)
-    if config.parameterization != "score":
-        raise ValueError(f"the published format holds scores only, not parameterization={config.parameterization!r}")
+    known = {"parameterization": ["score"], "graph": ["absorb", "uniform"], "noise": ["loglinear", "geometric"]}
+    for name in known:
+        if getattr(config, name) not in known[name]:
+            raise ValueError(f"the published format has no place for {name}={getattr(config, name)!r}")
     published = {
         "tokens": config.vocab_size,
         "graph": {"type": config.graph, "file": "data", "report_all": False},

@@ -56,10 +56,15 @@ def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
     return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}"
 
 
+def read(path):
+    """The lines of a file of results; what a kill has left half-written is not there."""
+    text = (RESULTS / path).read_text() if (RESULTS / path).is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+
+
 def log_of(*run):
-    """The lines of a finished run, of which the last has the test split's bound; None before."""
-    path = RESULTS / f"{name_of(*run)}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else None
+    """The lines of a finished run, of which the last has the test split's bound; none before."""
+    return read(f"{name_of(*run)}.jsonl")
 
 
 def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
@@ -83,7 +88,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
             bound, error = test_bound(out, dataset)
         lines += json.dumps({"test": bound, "test_error": error}) + "\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{out.name}.jsonl").write_text(lines)
+    (RESULTS / "partial").write_text(lines)
+    os.replace(RESULTS / "partial", RESULTS / f"{out.name}.jsonl")
     print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -104,12 +110,21 @@ def last_validation(log):
 
 
 def best_times(name):
-    """The times with which this system's bound is lower, over seeds."""
-    return min((s for s in SYSTEMS if s[0] == name), key=lambda s: statistics.mean(tests(s)))
+    """The times with which this system's validation bound is lower, over the seeds that are done."""
+    return min((s for s in SYSTEMS if s[0] == name), key=lambda s: statistics.mean(validations(s)))
+
+
+def finished(system):
+    """The logs of the full trainings of a system at its best rate, over seeds."""
+    return [log for seed in SEEDS if (log := log_of(system, best_rate(system), seed, STEPS))]
+
+
+def validations(system):
+    return [last_validation(log) for log in finished(system)]
 
 
 def tests(system):
-    return [log[-1]["test"] for seed in SEEDS if (log := log_of(system, best_rate(system), seed, STEPS))]
+    return [log[-1]["test"] for log in finished(system)]
 
 
 def train(a):
@@ -127,10 +142,14 @@ def train(a):
 # --------------------------------------------------------------------------------- samples, judged by another GPT
 
 
-def load(name, seed):
-    """The trained model of a system, with its winning times and rate, on the CPU."""
+def model_of(name, seed=SEEDS[0]):
+    """The name of a system's training with its winning times and rate."""
     system = best_times(name)
-    return load_model(WEIGHTS / name_of(system, best_rate(system), seed, STEPS))[0]
+    return name_of(system, best_rate(system), seed, STEPS)
+
+
+def load(name, seed):
+    return load_model(WEIGHTS / model_of(name, seed))[0]
 
 
 def perplexity(judge, x):
@@ -140,13 +159,12 @@ def perplexity(judge, x):
 
 
 def entropy(x):
-    """Entropy in nats of the frequencies of the characters in x."""
-    p = torch.bincount(x.flatten()).double() / x.numel()
-    return -torch.xlogy(p, p).sum().item()
+    """Entropy in nats of how often each character is in a text: x (B, L), mean over the texts."""
+    return sum(torch.special.entr(torch.bincount(row) / len(row)).sum().item() for row in x) / len(x)
 
 
 def write(model, prompt, steps=128, sampler="tweedie"):
-    """The sequences that a model makes of prompt (B, L); GPT goes through them from left to right."""
+    """The sequences that a model makes of prompt (B, L); GPT goes from left to right, and computes its past anew."""
     device = torch.device("cpu")
     with autocast(device, find_dtype("auto", device)):
         if isinstance(model, sedd.GPT):
@@ -156,13 +174,11 @@ def write(model, prompt, steps=128, sampler="tweedie"):
 
 def measured(path, key, measure):
     """What `measure` returns for this key (a dict), read from the file at `path` if it has been measured before."""
-    path = RESULTS / path
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for line in lines:
+    for line in read(path):
         if key.items() <= line.items():
             return line
     line = key | measure()
-    with open(path, "a") as file:
+    with open(RESULTS / path, "a") as file:
         print(json.dumps(line), file=file)
     print(line, flush=True)
     return line
@@ -175,7 +191,7 @@ def quality(a):
 
     def judged(name, steps=0, sampler=""):
         model = load(name, SEEDS[0])
-        write(model, nothing[:, :2], 1)  # warm up
+        write(model, nothing, 2) if name != "gpt" else write(model, nothing[:, :2])  # warm up
         torch.manual_seed(0)
         began = time.perf_counter()
         x = write(model, nothing, steps, sampler)
@@ -183,13 +199,15 @@ def quality(a):
         return {"perplexity": perplexity(judge, x), "entropy": entropy(x), "seconds": seconds}
 
     corpus = data("test")[0]
+    corpus = corpus[: len(corpus) // L * L].view(-1, L)
+    corpus = corpus[:: len(corpus) // 64][:64]
     measured("quality.jsonl", {"system": "corpus"}, lambda: {
-        "perplexity": perplexity(judge, corpus[: 64 * L].view(64, L)), "entropy": entropy(corpus)})  # fmt: skip
-    measured("quality.jsonl", {"system": "gpt"}, lambda: judged("gpt"))
+        "perplexity": perplexity(judge, corpus), "entropy": entropy(corpus)})  # fmt: skip
+    measured("quality.jsonl", {"system": "gpt", "model": model_of("gpt")}, lambda: judged("gpt"))
     for steps in 8, 16, 32, 64, 128, 256, 512:
         for name in "absorb", "uniform", "d3pm":
             for sampler in "tweedie", "euler":
-                key = {"system": name, "steps": steps, "sampler": sampler}
+                key = {"system": name, "model": model_of(name), "steps": steps, "sampler": sampler}
                 measured("quality.jsonl", key, lambda: judged(name, steps, sampler))
 
 
@@ -214,15 +232,11 @@ def infill(a):
             return {"perplexity": perplexity(judge, x), "match": match}
 
         for name in TITLES if where in ("middle", "suffix") else ("absorb", "uniform", "d3pm"):
-            measured("infill.jsonl", {"where": where, "system": name}, lambda: infilled(name))
+            key = {"where": where, "system": name, "model": model_of(name)}
+            measured("infill.jsonl", key, lambda: infilled(name))
 
 
 # -------------------------------------------------------------------------------------- pictures and tables
-
-
-def results(path):
-    path = RESULTS / path
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 COLOURS = {"absorb": "C0", "uniform": "C1", "d3pm": "C2", "gpt": "black"}
@@ -242,7 +256,7 @@ def draw(a):
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, times in SYSTEMS:
         log = log_of((name, times), best_rate((name, times)), SEEDS[0], STEPS)
-        curve = [(line["step"], line["val_bound"]) for line in log or [] if "val_bound" in line]
+        curve = [(line["step"], line["val_bound"]) for line in log if "val_bound" in line]
         label = TITLES[name] + ("" if name == "gpt" else f", {TIMES[times]} times")
         axes.plot(*zip(*curve), color=COLOURS[name], ls="--" if times == "uniform" else "-", label=label)
     axes.set(xlabel="training steps", ylabel="validation, nats per character", ylim=(None, 3.2))
@@ -250,7 +264,7 @@ def draw(a):
     save(figure, "curves.svg")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    lines = results("quality.jsonl")
+    lines = read("quality.jsonl")
     for x, axis in zip(("steps", "seconds"), axes):
         for name in "absorb", "uniform", "d3pm":
             for sampler in "tweedie", "euler":
@@ -311,10 +325,10 @@ def tables(a):
            "rate", "test, Shakespeare", "test, pydocs"], rows)  # fmt: skip
     table(["system", "sampler", "calls", "judge's perplexity", "entropy", "seconds"], [
         [TITLES.get(r["system"], "held-out text"), r.get("sampler", ""), r.get("steps", ""), f"{r['perplexity']:.2f}",
-         f"{r['entropy']:.2f}", f"{r['seconds']:.1f}" if "seconds" in r else ""] for r in results("quality.jsonl")])  # fmt: skip
+         f"{r['entropy']:.2f}", f"{r['seconds']:.1f}" if "seconds" in r else ""] for r in read("quality.jsonl")])  # fmt: skip
     table(["hidden third", "system", "judge's perplexity of the passage", "characters as in the original"], [
         [r.get("where", ""), TITLES.get(r["system"], "held-out text"), f"{r['perplexity']:.2f}",
-         f"{r['match']:.3f}" if "match" in r else ""] for r in results("infill.jsonl")])  # fmt: skip
+         f"{r['match']:.3f}" if "match" in r else ""] for r in read("infill.jsonl")])  # fmt: skip
 
 
 def main():

@@ -41,10 +41,9 @@ def run(fork, *args):
 
 
 def test_it_passes_the_tests_of_a_graph(fork):
-    # of the theory's tests, those that take a second at most
-    quick = "Walk and not (samplers or no_worse or wrong_scores or prior or reconstruction or geometric)"
+    quick = "Walk and not (euler or wrong_scores or reconstruction or geometric)"  # the others take long
     out = run(fork, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sedd.py", "tests/test_theory.py", "-k", quick)
-    assert int(re.search(r"(\d+) passed", out)[1]) >= 16
+    assert int(re.search(r"(\d+) passed", out)[1]) >= 18
 
 
 def test_it_trains_and_writes(fork):
