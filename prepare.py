@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.error
@@ -336,4 +337,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a kill, too, shall leave no half-written files
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from config import fail, parse
 from prepare import Tokenizer
 from sedd import GPT, GRAPHS, MODELS, NOISES, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
@@ -35,7 +41,7 @@ class Options:
     dataset: str = "pydocs"  # a folder below data_dir, written by prepare.py
     data_dir: str = "data"  # where prepare.py put it
     out_dir: str = "out"  # for ckpt.pt and log.jsonl
-    init_from: str = "scratch"  # scratch; resume: out_dir/ckpt.pt with its options; a folder or hub id: its weights
+    init_from: str = "scratch"  # resume: out_dir/ckpt.pt; auto: that or scratch; a folder or hub id: its weights
     # model
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal[tuple(NOISES)] = "loglinear"  # how noise grows with time
@@ -69,7 +75,7 @@ class Options:
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto: bfloat16 where it is fast
-    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto: on CUDA
+    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto: where it works and pays
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -82,6 +88,8 @@ def find_device(name):
     """The torch.device that `name` means here; fails where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":  # each process that torchrun starts on this machine has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -102,6 +110,15 @@ def find_dtype(name, device):
         device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     )  # fmt: skip
     return torch.bfloat16 if fast else torch.float32
+
+
+def can_compile(device):
+    """Whether torch.compile finds what it needs here: a C++ compiler for the CPU, Triton for CUDA."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception:  # each missing piece has its own
+        return False
+    return device.type in ("cpu", "cuda")
 
 
 def autocast(device, dtype):
@@ -126,7 +143,7 @@ def load_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["optimizer"]["state"], checkpoint["meta"]["tokenizer"], checkpoint["step"] + 1
+        checkpoint["meta"]["tokenizer"], range(checkpoint["step"])
         Options(**checkpoint["options"])
         config = SEDDConfig(**checkpoint["config"])
         with torch.device("meta"):  # shapes without numbers
@@ -134,9 +151,21 @@ def load_checkpoint(path):
         shapes = lambda weights: {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
         if not shapes(checkpoint["model"]) == shapes(checkpoint["ema"]) == shapes(model.state_dict()):
             raise ValueError("its weights are not those of its config")
+        moments, (group,) = checkpoint["optimizer"]["state"], checkpoint["optimizer"]["param_groups"]
+        if group["params"] != list(range(len(moments))) or checkpoint["step"] < 1 or any(
+            moments[i][name].shape != p.shape for i, p in enumerate(model.parameters()) for name in ("exp_avg", "exp_avg_sq")
+        ):
+            raise ValueError("its optimiser is not that of its weights")
+        if not all_finite(checkpoint):
+            raise ValueError("its numbers are not all finite")
     except Exception as error:
         fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({type(error).__name__})")
     return checkpoint
+
+
+def all_finite(checkpoint):
+    numbers = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizer"]["state"].values()]
+    return all(tensor.isfinite().all() for part in numbers for tensor in part.values())
 
 
 def save_checkpoint(path, checkpoint):
@@ -144,8 +173,7 @@ def save_checkpoint(path, checkpoint):
 
     OSError where the disk is full, ValueError where a number is not finite; `path` is then what it was before.
     """
-    numbers = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizer"]["state"].values()]
-    if not all(tensor.isfinite().all() for part in numbers for tensor in part.values()):
+    if not all_finite(checkpoint):
         raise ValueError("its numbers are not all finite")
     scratch = path.with_name(f".{path.name}.partial")
     try:
@@ -322,7 +350,8 @@ def catch_signals(main):
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if main:
-            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
+            with contextlib.suppress(OSError):  # print could be what the signal has interrupted
+                os.write(2, b"\nstopping after this step\n")
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, catch)
@@ -330,10 +359,16 @@ def catch_signals(main):
 
 
 def open_log(path, step):
-    """The log open for bytes, unbuffered, cut back to the lines up to `step`."""
-    log = open(path, "r+b" if step and path.is_file() else "w+b", buffering=0)
+    """The log open for bytes, unbuffered, cut back to the lines up to `step`; it is this process's until it ends.
+
+    BlockingIOError where another training writes it.
+    """
+    log = open(path, "a+b", buffering=0)
+    if fcntl:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    log.seek(0)
     end = 0
-    for line in log.readlines():
+    for line in log.readlines() if step else []:
         try:
             if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                 break
@@ -353,6 +388,9 @@ def start_weights(o, explicit):
     """What init_from names: the options completed by it, its weights (None: fresh ones), and a checkpoint to resume."""
     out, restarted = Path(o.out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     weights, meta, resumed, config = None, None, None, {}
+    if o.init_from == "auto":
+        start = {"init_from": "resume" if (out / "ckpt.pt").is_file() else "scratch"}
+        o, explicit = replace(o, **start), explicit | start
     if o.init_from == "resume":
         resumed = load_checkpoint(out / "ckpt.pt")
         kept = {k: v for k, v in resumed["options"].items() if k not in ("init_from", "out_dir", "eval_only")}
@@ -360,7 +398,7 @@ def start_weights(o, explicit):
         o = Options(**{**kept, **explicit})
     elif o.init_from != "scratch":
         if "/" not in o.init_from and not os.path.isdir(o.init_from):
-            fail(f"init_from={o.init_from!r} is none of scratch, resume, a folder, or a hub id such as owner/name")
+            fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
         if not o.eval_only and Path(o.init_from).resolve() == out.resolve():
             fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
         weights, meta = load_model(o.init_from)
@@ -381,7 +419,9 @@ def start_weights(o, explicit):
 
 def train(o, explicit):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, main = int(os.environ.get("LOCAL_RANK", 0)), rank == 0
+    main = rank == 0
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        fail(f"WORLD_SIZE={world}, but nothing tells where the others are: start them with torchrun")
     o, weights, meta, resumed = start_weights(o, explicit)
     out = Path(o.out_dir)
 
@@ -403,8 +443,7 @@ def train(o, explicit):
         fail(f"batch_size={o.batch_size} cannot be shared by {world} processes in micro-batches of {micro or 1}: "
              f"try --batch_size={max(1, round(o.batch_size / (world * max(1, micro)))) * world * max(1, micro)}")  # fmt: skip
 
-    device = find_device(o.device if world == 1 or o.device != "auto" or not torch.cuda.is_available()
-                         else f"cuda:{local_rank}")  # fmt: skip
+    device = find_device(o.device)
     dtype = find_dtype(o.dtype, device)
     data = Data(o)
     if any(data.meta.get(name) != meta[name] for name in {"tokenizer", "vocab", "vocab_size"} & (meta or {}).keys()):
@@ -421,6 +460,8 @@ def train(o, explicit):
             out.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             fail(f"out_dir={o.out_dir!r} cannot hold the results: {getattr(error, 'strerror', error)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     signals = None  # the group of processes that agrees on signals, without the GPU
     if world > 1:
         # the store outlives a restart by torchrun: the keys of the two must not meet
@@ -428,9 +469,6 @@ def train(o, explicit):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         signals = dist.new_group(backend="gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
 
     model = (weights or MODELS[o.parameterization](config)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -440,7 +478,13 @@ def train(o, explicit):
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
-        start = resumed["step"]
+        start, resumed = resumed["step"], True  # its numbers are in place
+    if world > 1:
+        starts = torch.tensor([start, -start])
+        dist.all_reduce(starts, dist.ReduceOp.MAX, group=signals)
+        if starts[0] != -starts[1]:
+            fail(f"the processes would start at steps {-starts[1]} to {starts[0]}: out_dir={o.out_dir!r} must be a folder "
+                 "that all machines share")  # fmt: skip
 
     evaluation = lambda bar=False: evaluate(ema, data, o.eval_split, o.eval_sequences, o.eval_times, o.seed,
                                             rank, world, device, dtype, bar)  # fmt: skip
@@ -456,24 +500,30 @@ def train(o, explicit):
             print(f"{name}: {describe(*bound, data.meta, o.eval_split)}")
         return
 
-    if o.compile == "True" or (o.compile == "auto" and device.type == "cuda"):
+    compiled = o.compile == "True" or o.compile == "auto" and o.max_steps - start >= 500 and can_compile(device)
+    if compiled:
         for block in model.blocks:  # block by block: one compilation serves them all, and DDP can overlap them
             block.compile()
-    trained = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None) \
+    trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                      broadcast_buffers=False) \
         if world > 1 else model  # fmt: skip
 
     bar, log, pending, tokenizer = None, None, b"", None
     if main:
         n = sum(p.numel() for p in model.parameters())
-        print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}; "
-              f"{o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
+        print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}"
+              f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
         with contextlib.suppress(OSError, ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
             tokenizer = Tokenizer(data.meta)
         try:
-            if not resumed and (out / "ckpt.pt").is_file():
-                os.replace(out / "ckpt.pt", out / "ckpt.old.pt")
-                print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old.pt")
             log = open_log(out / "log.jsonl", start)
+            if not resumed and (out / "ckpt.pt").is_file():
+                names = (out / f"ckpt.old{n}.pt" for n in itertools.chain([""], itertools.count(2)))
+                kept = next(path for path in names if not path.exists())
+                os.replace(out / "ckpt.pt", kept)
+                print(f"the checkpoint of an earlier run is kept as {kept}")
+        except BlockingIOError:
+            fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
         except OSError as error:
             fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
         bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True,
@@ -485,7 +535,7 @@ def train(o, explicit):
     stop, unsaved, told = 0, False, False
     losses, clock, since = [], time.perf_counter(), start
     for step in range(start, o.max_steps):
-        torch.manual_seed(mixed_seed(o.seed, step, rank))  # dropout
+        torch.manual_seed(mixed_seed(o.seed, step, 0, rank))  # dropout
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(o, step)
@@ -510,7 +560,8 @@ def train(o, explicit):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # a young average forgets faster, or it would remember the random start
-        torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
 
         done = step + 1
         stop = torch.tensor(caught[0] if caught else 0)
@@ -579,7 +630,27 @@ def train(o, explicit):
         sys.exit(128 + int(stop))
 
 
+class Output:
+    """A text stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text), self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        pass
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # no run shall end because a terminal lacks the sign for "at most"
     explicit = parse(Options)
     try:

@@ -20,8 +20,9 @@ WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 def fail(message):
     """One line on standard error, from one process, and exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    name = Path(sys.argv[0]).name if rank == "0" else f"[rank {rank}] {Path(sys.argv[0]).name}"
+    print(f"{name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 # torchrun --nproc_per_node=8 train.py config/owt.py
 dataset = "owt"
 out_dir = "out/owt"
+init_from = "auto"  # the same command starts the training and, after a stop, goes on with it
 
 n_layer, n_head, n_embd, cond_dim = 12, 12, 768, 128
 block_size = 1024

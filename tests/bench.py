@@ -109,7 +109,8 @@ class Bench:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
 
     def bare_forward(self):
         with torch.no_grad(), autocast(self.device, self.dtype):

@@ -19,7 +19,6 @@ import concurrent.futures
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, init_from="resume" if (out / "ckpt.pt").is_file() else "scratch")  # fmt: skip
-    options |= dict(eval_sequences=96, eval_times=8, save_interval=200, compile=shutil.which("c++") is not None)
+    options |= dict(eval_sequences=96, eval_times=8, save_interval=200)
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """train.py when things go wrong, and what it says of a model: known answers, signals, kills, full disks, NaN."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -214,6 +215,58 @@ def test_second_sigint_ends_at_once(home):
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
 
 
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", "2>&1 >/dev/full | head -1"])
+def test_training_does_not_depend_on_its_output(home, shell):
+    """Whoever reads it may leave, or there may be nowhere to write."""
+    out = re.sub(r"\W", "_", shell)
+    line = f"'{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --out_dir={out} --max_steps=6 --eval_interval=1 {shell}"
+    subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert checkpoint(home / out)["step"] == 6 and read_log(home / out)[-1]["step"] == 6
+
+
+def test_auto_starts_and_goes_on(home):
+    args = [*TINY, "--decay_lr=False", "--save_interval=2"]
+    works(call("train.py", *args, "--max_steps=6", "--out_dir=straight", cwd=home))
+    for max_steps in 4, 6:
+        works(call("train.py", *args, f"--max_steps={max_steps}", "--init_from=auto", "--out_dir=auto", cwd=home))
+    for part in "model", "ema", "optimizer":
+        assert_same(checkpoint(home / "auto")[part], checkpoint(home / "straight")[part])
+
+
+def test_every_earlier_checkpoint_is_kept(home):
+    for steps in 1, 2, 3:
+        works(call("train.py", *TINY, f"--max_steps={steps}", "--out_dir=thrice", cwd=home))
+    kept = [torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] for name in (".old", ".old2", "")]
+    assert kept == [1, 2, 3]
+
+
+def test_one_training_at_a_time_in_a_folder(home):
+    works(call("train.py", *TINY, "--max_steps=1", "--out_dir=busy", cwd=home))
+    before = files(home / "busy")
+    with open(home / "busy/log.jsonl", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = call("train.py", *TINY, "--max_steps=2", "--out_dir=busy", cwd=home)
+    assert done.returncode == 2 and "another training is writing to out_dir='busy'" in done.stderr
+    assert files(home / "busy") == before
+
+
+def test_the_average_remembers_no_graph(home, monkeypatch):
+    """An average that autograd follows would hold on to every step that there was."""
+    seen = []
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(train, "evaluate", lambda model, *args, **kwargs: seen.extend(model.parameters()) or (0.0, 0.0))
+    options = {name: value for name, value in SIZES.items()} | {"max_steps": 3, "out_dir": "average"}
+    train.train(train.Options(**options), options)
+    assert seen and all(p.grad_fn is None and not p.requires_grad for p in seen)
+
+
+def test_each_process_has_a_gpu_of_its_own(home, monkeypatch):
+    """Without a GPU the message tells which one it would have been."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: torch.empty(1, device=f"{device}-none"))
+    complains(call("train.py", *TINY, "--device=cuda", cwd=home), "train.py", "device='cuda:3'")
+
+
 def test_sigint_during_an_evaluation(home):
     process = launch(home, *TINY, "--eval_only", "--eval_times=10000000")
     read_stream(process.stdout, "blocks")
@@ -383,6 +436,11 @@ OTHERS = {
     "no step": lambda saved: saved.update(step=None),
     "another width": lambda saved: saved["config"].update(n_embd=64),
     "half a weight": lambda saved: saved["ema"].update({"vocab_embed.weight": saved["ema"]["vocab_embed.weight"][::2]}),
+    "no optimiser": lambda saved: saved["optimizer"].pop("param_groups"),
+    "no moments": lambda saved: saved["optimizer"]["state"].clear(),
+    "other moments": lambda saved: saved["optimizer"]["state"][3].update(exp_avg=torch.zeros(5)),
+    "a step before the first": lambda saved: saved.update(step=-5),
+    "not a number": lambda saved: saved["ema"]["output_layer.linear.bias"].fill_(math.nan),
     "no shape": lambda saved: saved["config"].update(n_head=0),
 }  # fmt: skip
 
