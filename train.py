@@ -600,7 +600,7 @@ def train(o, explicit):
         if main:
             bar.update()
             if "loss" in record:
-                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s")
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s", refresh=False)
             if record:
                 record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
                 pending += (json.dumps({"step": done} | record) + "\n").encode()
