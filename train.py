@@ -159,7 +159,8 @@ def load_checkpoint(path):
         if not all_finite(checkpoint):
             raise ValueError("its numbers are not all finite")
     except Exception as error:
-        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({type(error).__name__})")
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({why})")
     return checkpoint
 
 

@@ -122,7 +122,7 @@ def test_a_diverged_model_is_named(kind, graph, value, tmp_path):
     model = random_model(kind, graph)
     model.blocks[0].mlp[0].weight.data[0] = value
     save(tmp_path / "lost", model)
-    complains(call("sample.py", "--out_dir=lost", cwd=tmp_path), "sample.py", "'lost'", "diverged")
+    complains(call("sample.py", "--out_dir=lost", cwd=tmp_path), "sample.py", "lost/ckpt.pt", "not all finite")
 
 
 def test_a_model_that_can_only_draw_mask_is_named(tmp_path):

@@ -291,9 +291,11 @@ def test_interrupted_prepare_leaves_the_data_as_it_was(home, tmp_path, monkeypat
         bad = mock.Mock(side_effect=trouble)
         monkeypatch.setattr(np, "concatenate", lambda arrays: (concatenate if len(arrays[0]) > 500 else bad)(arrays))
     for name in "pydocs", "fresh":
-        with contextlib.suppress(KeyboardInterrupt):
-            done = call("prepare.py", name, "--input=new.txt", cwd=tmp_path)
+        done = call("prepare.py", name, "--input=new.txt", cwd=tmp_path)
+        if trouble is FULL:
             complains(done, "prepare.py", f"data/{name}", "No space left on device")
+        else:
+            assert done.returncode == 130 and done.stderr == ""
         assert where == "meta.json" or bad.called
     monkeypatch.undo()
     assert files(tmp_path) == before
