@@ -71,7 +71,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     name, times = system
     run = system, rate, seed, steps, dataset
     out = WEIGHTS / name_of(*run)
-    if log_of(*run) and (out / "ckpt.pt").is_file():
+    if log_of(*run) and (steps == SEARCH or (out / "ckpt.pt").is_file()):  # samples need the weights of the long ones
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, init_from="resume" if (out / "ckpt.pt").is_file() else "scratch")  # fmt: skip
@@ -311,17 +311,17 @@ def table(head, rows):
 
 
 def tables(a):
-    spread = lambda values: f"{statistics.mean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")  # fmt: skip
+    spread = lambda values: ", ".join(f"{value:.3f}" for value in values) if len(values) < 2 else (
+        f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")  # fmt: skip
     rows = []
     for system in SYSTEMS:
         rate = best_rate(system)
-        searched = ", ".join(f"{last_validation(log_of(system, r, SEEDS[0], SEARCH)):.3f}" for r in RATES)
+        searched = [f"{last_validation(log_of(system, r, SEEDS[0], SEARCH)):.3f}" for r in RATES]
         pydocs = log_of(system, rate, SEEDS[0], STEPS, "pydocs")
-        rows.append([TITLES[system[0]], "" if system[0] == "gpt" else TIMES[system[1]], searched, f"{rate:g}",
+        rows.append([TITLES[system[0]], "" if system[0] == "gpt" else TIMES[system[1]], *searched,
                      spread(tests(system)), f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
-    table(["system", "times of training", f"validation after {SEARCH} steps at rates {', '.join(f'{r:g}' for r in RATES)}",
-           "rate", "test, Shakespeare", "test, pydocs"], rows)  # fmt: skip
+    table(["system", "times of training", *(f"rate {r:g}, {SEARCH} steps, validation" for r in RATES),
+           f"best rate, {STEPS} steps, test", "test, pydocs"], rows)  # fmt: skip
     table(["system", "sampler", "calls", "judge's perplexity", "entropy", "seconds"], [
         [TITLES.get(r["system"], "held-out text"), r.get("sampler", ""), r.get("steps", ""), f"{r['perplexity']:.2f}",
          f"{r['entropy']:.2f}", f"{r['seconds']:.1f}" if "seconds" in r else ""] for r in read("quality.jsonl")])  # fmt: skip
