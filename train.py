@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -404,7 +404,9 @@ def start_weights(o, explicit):
             fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
         weights, meta = load_model(o.init_from)
         config = asdict(weights.config)
-        meta = meta or {"vocab_size": config["vocab_size"]}
+        if meta is None:
+            meta = {"vocab_size": config["vocab_size"]}
+            print(f"warning: nothing tells the vocabulary of {o.init_from}: it is taken for that of the data", file=sys.stderr)
     for name in config.keys() & explicit.keys():
         if explicit[name] != config[name]:
             fail(f"{name}={explicit[name]} but {out / 'ckpt.pt' if resumed else o.init_from} was trained with "

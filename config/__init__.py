@@ -4,7 +4,6 @@ A config file is plain Python, run as it stands, whose assignments name options:
 """
 
 import argparse
-import dataclasses
 import difflib
 import inspect
 import os

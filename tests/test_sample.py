@@ -14,7 +14,6 @@ import termios
 import time
 import unicodedata
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
