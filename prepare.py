@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Callable, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from config import fail, parse
+from config import fail, parse, progress
 
 END_OF_TEXT = 50256  # GPT-2's
 BLOCK = 50  # texts that are read and encoded together
@@ -240,8 +239,7 @@ def pieces(texts, tokenizer):
 
 def encode_all(texts_of_splits, encode, workers):
     """encode(texts) of each (split, texts), in order: (split, tokens, bytes). Threads: tiktoken lets go of the GIL."""
-    calm = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs few
-    with ThreadPoolExecutor(workers) as pool, tqdm(unit=" texts", mininterval=calm, delay=1) as bar:
+    with ThreadPoolExecutor(workers) as pool, progress(unit=" texts", delay=1) as bar:
         waiting = deque()
         for split, texts in texts_of_splits:
             waiting.append((split, len(texts), pool.submit(encode, texts)))

@@ -15,12 +15,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import sedd
-from config import fail, parse
+from config import fail, parse, progress
 from prepare import Tokenizer
-from train import autocast, find_device, find_dtype, load_checkpoint, load_model
+from train import autocast, find_device, find_dtype, generate, load_checkpoint, load_model
 
 
 @dataclass
@@ -79,8 +77,7 @@ def build_prompt(o, tokenizer, block_size):
 @contextlib.contextmanager
 def progress_bar(steps):
     """Gives a callback for the samplers."""
-    calm = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs few
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=calm) as bar:
+    with progress(total=steps, unit="step") as bar:
         yield lambda step, x: bar.update(step > 0)
 
 
@@ -222,10 +219,7 @@ def main():
     steps = int((prompt[0] < 0).sum()) if causal else o.steps
     view = watching(steps, tokenizer) if o.watch and sys.stdout.isatty() else progress_bar(steps)
     with view as callback, autocast(device, find_dtype(o.dtype, device)):
-        if causal:
-            x = model.sample(prompt, callback)
-        else:
-            x = sedd.sample(model, model.graph, model.noise, prompt.shape, steps, o.sampler, prompt, device, callback)
+        x = generate(model, prompt, steps, o.sampler, callback)
     if x.max() >= tokenizer.vocab_size:
         fail(diverged)
     texts = [tokenizer.decode(tokens) for tokens in x.tolist()]

@@ -21,7 +21,8 @@ with the learned score.
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
 the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the
-paper's sigma-bar and sigma (in `tweedie_probs` alone it is a finite difference: the noise to undo). Losses and bounds are in nats.
+paper's sigma-bar and sigma (in `tweedie_probs` alone dsigma is a finite difference: the noise to undo). Losses
+and bounds are in nats.
 """
 
 import json
@@ -290,7 +291,7 @@ class SEDDConfig:
         for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.graph not in {"mean": ("absorb", "uniform"), "causal": ("absorb",)}.get(self.parameterization, GRAPHS):
+        if self.graph not in MODELS[self.parameterization].known_graphs:
             raise ValueError(f"parameterization={self.parameterization!r} has no graph={self.graph!r}: try --graph=absorb")
 
 
@@ -434,6 +435,8 @@ class SEDD(nn.Module):
     Attributes `graph` and `noise` are built from the config. The parameters are named and shaped as in the
     published checkpoints, where vocab_embed.weight is called vocab_embed.embedding.
     """
+
+    known_graphs = GRAPHS
 
     def __init__(self, config):
         super().__init__()
@@ -699,6 +702,8 @@ class D3PM(SEDD):
     This plain version holds all logits of a position at once, for its softmax: it is not made for large vocabularies.
     """
 
+    known_graphs = "absorb", "uniform"
+
     def log_score(self, h, sigma, x):
         return self.log_score_of_mean(self.output_layer.linear(h).float(), sigma, x)
 
@@ -722,6 +727,8 @@ class GPT(SEDD):
 
     Built with the absorbing graph, whose MASK stands for the beginning of the text.
     """
+
+    known_graphs = ("absorb",)
 
     def __init__(self, config):
         super().__init__(config)

@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-from config import fail, parse
+from config import fail, parse, progress
 from prepare import Tokenizer
 from sedd import GPT, GRAPHS, MODELS, NOISES, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
 
@@ -300,9 +299,7 @@ def evaluate(model, data, split, n, num_times, seed, rank, world, device, dtype,
     blocks, rows = data.fixed_blocks(split, n)
     bounds = torch.zeros(len(rows))
     model.eval()
-    calm = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file needs few
-    batches = tqdm(torch.arange(len(rows)).split(16), unit="batch", dynamic_ncols=True, mininterval=calm,
-                   disable=not bar)  # fmt: skip
+    batches = progress(torch.arange(len(rows)).split(16), unit="batch", disable=not bar)
     for k, batch in enumerate(batches):
         if k % world == rank:
             torch.manual_seed(mixed_seed(seed, k))
@@ -325,13 +322,19 @@ def describe(bound, error, meta, split):
     return text + (f", {bound * meta['sizes'][split] / size / math.log(2):.4f} bits per byte" if size else "")
 
 
+def generate(model, prompt, steps, sampler="tweedie", callback=None):
+    """sedd.sample of prompt (B, L) with any model; GPT goes from left to right, a token a call, whatever the steps."""
+    if isinstance(model, GPT):
+        return model.sample(prompt, callback)
+    return sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback)
+
+
 def sample_line(model, tokenizer, seed, device, dtype):
     """A short text of the model, the same noise at every call, its whitespace escaped."""
     shape = 1, min(64, model.config.block_size)
     torch.manual_seed(mixed_seed(seed))
     with autocast(device, dtype):
-        x = (model.sample(torch.full(shape, -1, device=device)) if isinstance(model, GPT)
-             else sample(model, model.graph, model.noise, shape, 16, device=device))  # fmt: skip
+        x = generate(model, torch.full(shape, -1, device=device), 16)
     # scores that are not finite can leave a MASK
     return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
@@ -481,7 +484,7 @@ def train(o, explicit):
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
-        start, resumed = resumed["step"], True  # its numbers are in place
+        start, resumed = resumed["step"], None  # a second copy of all numbers need not stay
     if world > 1:
         starts = torch.tensor([start, -start])
         dist.all_reduce(starts, dist.ReduceOp.MAX, group=signals)
@@ -515,12 +518,13 @@ def train(o, explicit):
     if main:
         n = sum(p.numel() for p in model.parameters())
         print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}"
-              f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
+              f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, "
+              f"steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
         with contextlib.suppress(OSError, ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
             tokenizer = Tokenizer(data.meta)
         try:
             log = open_log(out / "log.jsonl", start)
-            if not resumed and (out / "ckpt.pt").is_file():
+            if not start and (out / "ckpt.pt").is_file():
                 names = (out / f"ckpt.old{n}.pt" for n in itertools.chain([""], itertools.count(2)))
                 kept = next(path for path in names if not path.exists())
                 os.replace(out / "ckpt.pt", kept)
@@ -529,8 +533,7 @@ def train(o, explicit):
             fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
         except OSError as error:
             fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
-        bar = tqdm(total=o.max_steps, initial=start, unit="step", dynamic_ncols=True,
-                   mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+        bar = progress(total=o.max_steps, initial=start, unit="step")
 
     caught = catch_signals(main)
     parameters, averaged = list(model.parameters()), list(ema.parameters())

@@ -13,16 +13,23 @@ import sys
 import typing
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def fail(message):
-    """One line on standard error, from one process, and exit status 2."""
+    """One line on standard error, which names a process that is not the first, and exit status 2."""
     rank = os.environ.get("RANK", "0")
     name = Path(sys.argv[0]).name if rank == "0" else f"[rank {rank}] {Path(sys.argv[0]).name}"
     print(f"{name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(2)
+
+
+def progress(*args, **options):
+    """A tqdm bar; where nobody watches it move, as in a log file, with a line each half minute."""
+    return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30} | options)
 
 
 def convert(name, kind, value):

@@ -1,14 +1,7 @@
 # D3PM in continuous time, here MDLM: means instead of scores, and noise that masks.
 # One of four systems of equal size, on tiny Shakespeare by characters:
 # python prepare.py shakespeare_char && python train.py config/d3pm.py
-dataset = "shakespeare_char"
-out_dir = "out/d3pm"
+from config.absorb import *
 
+out_dir = "out/d3pm"
 parameterization = "mean"
-n_layer, n_head, n_embd = 4, 3, 192
-block_size = 128
-batch_size = 32
-max_steps = 2400
-learning_rate = 2e-3
-eval_interval = 200
-log_interval = 50

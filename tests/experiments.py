@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sedd  # noqa: E402
-from train import Data, Options, autocast, evaluate, find_device, find_dtype, load_model  # noqa: E402
+from train import Data, Options, autocast, evaluate, find_device, find_dtype, generate, load_model  # noqa: E402
 
 RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
@@ -162,13 +162,11 @@ def entropy(x):
     return sum(torch.special.entr(torch.bincount(row) / len(row)).sum().item() for row in x) / len(x)
 
 
-def write(model, prompt, steps=128, sampler="tweedie"):
-    """The sequences that a model makes of prompt (B, L); GPT goes from left to right, and computes its past anew."""
+def written(model, prompt, steps=128, sampler="tweedie"):
+    """What a model makes of prompt (B, L), in the CPU's dtype; GPT computes its past anew at each token."""
     device = torch.device("cpu")
     with autocast(device, find_dtype("auto", device)):
-        if isinstance(model, sedd.GPT):
-            return model.sample(prompt)
-        return sedd.sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt)
+        return generate(model, prompt, steps, sampler)
 
 
 def measured(path, key, measure):
@@ -190,10 +188,10 @@ def quality(a):
 
     def judged(name, steps=0, sampler=""):
         model = load(name, SEEDS[0])
-        write(model, nothing, 2) if name != "gpt" else write(model, nothing[:, :2])  # warm up
+        written(model, nothing, 2) if name != "gpt" else written(model, nothing[:, :2])  # warm up
         torch.manual_seed(0)
         began = time.perf_counter()
-        x = write(model, nothing, steps, sampler)
+        x = written(model, nothing, steps, sampler)
         seconds = time.perf_counter() - began
         return {"perplexity": perplexity(judge, x), "entropy": entropy(x), "seconds": seconds}
 
@@ -226,7 +224,7 @@ def infill(a):
             if name == "gpt":  # it cannot see what follows
                 prompt[:, hidden.nonzero()[0, 0] :] = -1
             torch.manual_seed(0)
-            x = torch.where(hidden, write(load(name, SEEDS[0]), prompt), passages)
+            x = torch.where(hidden, written(load(name, SEEDS[0]), prompt), passages)
             match = (x == passages)[:, hidden].double().mean().item()
             return {"perplexity": perplexity(judge, x), "match": match}
 

@@ -344,7 +344,7 @@ def test_interrupted_sampling_ends_quietly(home, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sedd.sample", stop)
+    monkeypatch.setattr("train.sample", stop)
     done = call("sample.py", "--out_dir=score", cwd=home)
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
 
