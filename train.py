@@ -56,10 +56,12 @@ class Options:
     max_steps: int = 2400  # optimiser steps
     batch_size: int = 32  # sequences a step, over all processes and micro-batches
     micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
-    learning_rate: float = 2e-3  # of AdamW, after the warm-up
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
+    learning_rate: float = 4e-3  # of both, after the warm-up
     warmup_steps: int = 100  # steps of linear growth from 0
     decay_lr: bool = True  # fall along a cosine to 0 at max_steps, else stay constant
-    weight_decay: float = 0.0  # of AdamW
+    weight_decay: float = 0.0  # of both optimisers
+    beta2: float = 0.98  # memory of AdamW for the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     ema: float = 0.999  # decay of the averaged weights, which are evaluated and sampled
     seed: int = 1337  # of the weights, batches, times, noise and dropout
@@ -78,6 +80,8 @@ class Options:
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what an optimiser knows of a parameter
 
 # Training leaves out the first thousandth of time, where the uniform graph's rare losses explode.
 T_MIN = 1e-3
@@ -143,18 +147,20 @@ def load_checkpoint(path):
                 raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["meta"]["tokenizer"], range(checkpoint["step"])
-        Options(**checkpoint["options"])
-        config = SEDDConfig(**checkpoint["config"])
+        options, config = Options(**checkpoint["options"]), SEDDConfig(**checkpoint["config"])
         with torch.device("meta"):  # shapes without numbers
             model = MODELS[config.parameterization](config)
         shapes = lambda weights: {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
         if not shapes(checkpoint["model"]) == shapes(checkpoint["ema"]) == shapes(model.state_dict()):
             raise ValueError("its weights are not those of its config")
-        moments, (group,) = checkpoint["optimizer"]["state"], checkpoint["optimizer"]["param_groups"]
-        if group["params"] != list(range(len(moments))) or checkpoint["step"] < 1 or any(
-            moments[i][name].shape != p.shape for i, p in enumerate(model.parameters()) for name in ("exp_avg", "exp_avg_sq")
-        ):
-            raise ValueError("its optimiser is not that of its weights")
+        if checkpoint["step"] < 1:
+            raise ValueError("it is of no step")
+        for name, parameters in shares(model, options.optimizer).items():
+            moments, (group,) = checkpoint["optimizer"][name]["state"], checkpoint["optimizer"][name]["param_groups"]
+            if group["params"] != list(range(len(parameters))) or any(
+                moments[i][moment].shape != p.shape for i, p in enumerate(parameters) for moment in MOMENTS[name]
+            ):
+                raise ValueError("its optimiser is not that of its weights")
         if not all_finite(checkpoint):
             raise ValueError("its numbers are not all finite")
     except Exception as error:
@@ -164,7 +170,8 @@ def load_checkpoint(path):
 
 
 def all_finite(checkpoint):
-    numbers = [checkpoint["model"], checkpoint["ema"], *checkpoint["optimizer"]["state"].values()]
+    moments = [part for optimizer in checkpoint["optimizer"].values() for part in optimizer["state"].values()]
+    numbers = [checkpoint["model"], checkpoint["ema"], *moments]
     return all(tensor.isfinite().all() for part in numbers for tensor in part.values())
 
 
@@ -339,6 +346,28 @@ def sample_line(model, tokenizer, seed, device, dtype):
     return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
 
+def shares(model, optimizer):
+    """Which parameters each optimiser takes care of, {"adamw": list, "muon": list}; only those that there are."""
+    names = model.blocks.named_parameters() if optimizer == "muon" else []
+    matrices = {id(p) for name, p in names if p.ndim == 2 and "adaLN" not in name}
+    mine = {"adamw": [], "muon": []}
+    for p in model.parameters():
+        mine["muon" if id(p) in matrices else "adamw"].append(p)
+    return {name: parameters for name, parameters in mine.items() if parameters}
+
+
+def make_optimizers(model, o):
+    """AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks.
+
+    Where AdamW scales each number of a gradient by itself, Muon makes the gradient of a matrix orthogonal, so that it
+    moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
+    """
+    options = dict(lr=o.learning_rate, weight_decay=o.weight_decay)
+    adamw = lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, o.beta2), fused=True, **options)
+    muon = lambda parameters: torch.optim.Muon(parameters, adjust_lr_fn="match_rms_adamw", **options)
+    return {name: {"adamw": adamw, "muon": muon}[name](mine) for name, mine in shares(model, o.optimizer).items()}
+
+
 def learning_rate(o, step):
     warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
     progress = max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps))
@@ -398,8 +427,8 @@ def start_weights(o, explicit):
     if o.init_from == "resume":
         resumed = load_checkpoint(out / "ckpt.pt")
         kept = {k: v for k, v in resumed["options"].items() if k not in ("init_from", "out_dir", "eval_only")}
-        config, meta = resumed["config"], resumed["meta"]
-        o = Options(**{**kept, **explicit})
+        o, meta = Options(**{**kept, **explicit}), resumed["meta"]
+        config = resumed["config"] | {"optimizer": Options(**kept).optimizer}
     elif o.init_from != "scratch":
         if "/" not in o.init_from and not os.path.isdir(o.init_from):
             fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
@@ -440,7 +469,7 @@ def train(o, explicit):
         limit = math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**31
         if not least <= value < limit:  # nan is in no order with anything
             fail(f"{name}={value} must be at least {least} and below {limit}")
-    for name in "dropout", "ema":
+    for name in "dropout", "ema", "beta2":
         if not 0 <= getattr(o, name) < 1:
             fail(f"{name}={getattr(o, name)} must be at least 0 and below 1")
     share, left = divmod(o.batch_size, world)
@@ -478,12 +507,13 @@ def train(o, explicit):
 
     model = (weights or MODELS[o.parameterization](config)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.learning_rate, weight_decay=o.weight_decay, fused=True)
+    optimizers = make_optimizers(model, o)
     start = 0
     if resumed:
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(resumed["optimizer"][name])
         start, resumed = resumed["step"], None  # a second copy of all numbers need not stay
     if world > 1:
         starts = torch.tensor([start, -start])
@@ -537,13 +567,13 @@ def train(o, explicit):
 
     caught = catch_signals(main)
     parameters, averaged = list(model.parameters()), list(ema.parameters())
-    skipped, in_a_row = torch.zeros(2, device=device)
+    skipped, in_a_row = 0, 0
     stop, unsaved, told = 0, False, False
     losses, clock, since = [], time.perf_counter(), start
     for step in range(start, o.max_steps):
         torch.manual_seed(mixed_seed(o.seed, step, 0, rank))  # dropout
         model.train()
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
             group["lr"] = learning_rate(o, step)
         mine = range(rank * share, (rank + 1) * share)
         for i in range(0, share, micro):
@@ -557,17 +587,23 @@ def train(o, explicit):
                 (loss * (micro / share / o.block_size)).backward()
             losses.append(loss.detach() / o.block_size)
         norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip or math.inf)
-        # The fused optimiser looks at found_inf on the device and leaves such a step out; the host need not wait.
         bad = (~torch.isfinite(norm + torch.stack(losses[-(share // micro) :]).sum())).float()
         if world > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        optimizer.found_inf = bad
-        skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # a young average forgets faster, or it would remember the random start
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
+        if bad:  # the step is left out
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+        else:
+            in_a_row = 0
+            for optimizer in optimizers.values():
+                optimizer.step()
+            # a young average forgets faster, or it would remember the random start
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
+        model.zero_grad()
+        if in_a_row == 10:
+            sys.exit(f"train.py: error: loss or gradient is not finite in steps {step - 8} to {step + 1}, the first "
+                     f"with Data.batch(o, {step - 9}, range({o.batch_size}), model), seed={o.seed}: try a lower "
+                     "--learning_rate, or another --dtype" if main else 1)  # fmt: skip
 
         done = step + 1
         stop = torch.tensor(caught[0] if caught else 0)
@@ -583,17 +619,11 @@ def train(o, explicit):
             rate = (done - since) * o.batch_size * o.block_size / (time.perf_counter() - clock)
             record = {"loss": loss.item() / world, "lr": learning_rate(o, step), "tokens_per_s": round(rate)}
             if skipped:
-                record["skipped"] = int(skipped)
-            if in_a_row >= 10:
-                first = done - int(in_a_row)
-                sys.exit(f"train.py: error: loss or gradient is not finite in steps {first + 1} to {done}, the first "
-                         f"with Data.batch(o, {first}, range({o.batch_size}), model), seed={o.seed}: try a lower "
-                         "--learning_rate, or another --dtype" if main else 1)  # fmt: skip
+                record["skipped"] = skipped
             if main and not told and since > start and not last:
                 bar.write(f"about {duration((o.max_steps - done) * o.batch_size * o.block_size / rate)} to go")
                 told = True
-            losses, clock, since = [], time.perf_counter(), done
-            skipped = torch.zeros_like(skipped)
+            losses, clock, since, skipped = [], time.perf_counter(), done, 0
         if done % o.eval_interval == 0 or done == o.max_steps:
             paused = time.perf_counter()
             bound, error = evaluation()
@@ -615,7 +645,8 @@ def train(o, explicit):
             if done % o.save_interval == 0 or last:
                 try:
                     save_checkpoint(out / "ckpt.pt", {
-                        "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                        "model": model.state_dict(), "ema": ema.state_dict(),
+                        "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                         "step": done, "config": asdict(config), "options": asdict(o), "meta": data.meta,
                     })  # fmt: skip
                     unsaved = False

@@ -65,8 +65,10 @@ def trial(folder, kills, seed=0):
     for part in "model", "ema":
         assert a[part].keys() == b[part].keys()
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), f"{part} differs"
-    for i, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], b["optimizer"]["state"][i][name]) for name in state), "optimizer differs"
+    for name, optimizer in a["optimizer"].items():
+        for i, state in optimizer["state"].items():
+            same = b["optimizer"][name]["state"][i]
+            assert all(torch.equal(state[moment], same[moment]) for moment in state), "optimizer differs"
     return counts
 
 

@@ -48,9 +48,9 @@ def save(folder, model, meta=None):
     folder.mkdir()
     meta = meta or {"tokenizer": "char", "vocab_size": len(VOCAB), "vocab": VOCAB}
     moments = {i: {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for i, p in enumerate(model.parameters())}
-    optimizer = {"state": moments, "param_groups": [{"params": list(moments)}]}
+    optimizer = {"adamw": {"state": moments, "param_groups": [{"params": list(moments)}]}}
     checkpoint = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": optimizer, "step": 1,
-                  "config": asdict(model.config), "options": {}, "meta": meta}  # fmt: skip
+                  "config": asdict(model.config), "options": {"optimizer": "adamw"}, "meta": meta}  # fmt: skip
     torch.save(checkpoint, folder / "ckpt.pt")
 
 
