@@ -38,7 +38,7 @@ RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
 TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
-RATES, SEEDS, STEPS, SEARCH = (1e-3, 2e-3, 4e-3), (1, 2, 3), 2400, 600
+RATES, SEEDS, STEPS, SEARCH = (3e-3, 6e-3, 1.2e-2), (1, 2, 3), 800, 200
 lock = threading.Lock()  # the random state is the process's
 
 
@@ -74,8 +74,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     if log_of(*run) and (steps == SEARCH or (out / "ckpt.pt").is_file()):  # samples need the weights of the long ones
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
-                   max_steps=steps, init_from="resume" if (out / "ckpt.pt").is_file() else "scratch")  # fmt: skip
-    options |= dict(eval_sequences=96, eval_times=8, save_interval=200)
+                   max_steps=steps, warmup_steps=steps // 8, init_from="auto")  # fmt: skip
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
@@ -97,7 +96,7 @@ def test_bound(out, dataset):
     model, _ = load_model(out)
     o = Options(dataset=dataset, data_dir=ROOT / "data", block_size=model.config.block_size, eval_only=True, eval_split="test")
     device = find_device("cpu")
-    return evaluate(model, Data(o), "test", 0, 32, 0, 0, 1, device, find_dtype("auto", device))
+    return evaluate(model, Data(o), "test", 0, 8, 0, 0, 1, device, find_dtype("auto", device))
 
 
 def best_rate(system):
@@ -133,9 +132,11 @@ def train(a):
                 done.result()
 
     all_of((system, rate, SEEDS[0], SEARCH) for system in SYSTEMS for rate in RATES)
-    all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in SYSTEMS)
+    all_of((system, best_rate(system), SEEDS[0], STEPS) for system in SYSTEMS)
     winners = [best_times(name) for name in TITLES]
+    all_of((system, best_rate(system), SEEDS[1], STEPS) for system in winners)
     all_of((system, best_rate(system), SEEDS[0], STEPS, "pydocs") for system in winners)
+    all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in SYSTEMS)
 
 
 # --------------------------------------------------------------------------------- samples, judged by another GPT
