@@ -517,6 +517,8 @@ class SEDD(nn.Module):
         return torch.zeros_like(rows, dtype=entropy.dtype).masked_scatter(rows, entropy)
 
 
+MODELS = {"score": SEDD}
+
 # ------------------------------------------------------------------------------------------------------
 # 4. Loss. Each function takes as `model` any callable with the two forms of SEDD.forward, model(x, sigma)
 # and model(x, sigma, x0): the tests pass exact scores where training passes the network. Its log score must be 0 at
@@ -756,7 +758,7 @@ class GPT(SEDD):
         return x[:, 1:]
 
 
-MODELS = {"score": SEDD, "mean": D3PM, "causal": GPT}
+MODELS |= {"mean": D3PM, "causal": GPT}
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sedd
 from sedd import D3PM, GPT, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
 from test_theory import PAIR, ROW, Oracle, all_graphs, sequences
 
@@ -125,3 +128,20 @@ def test_sedd_is_not_causal():
         features = model.trunk(x, torch.ones(1)), model.trunk(torch.cat([x[:, :-1], (x[:, -1:] + 1) % 7], 1), torch.ones(1))
         assert (features[0][0, 0] - features[1][0, 0]).abs().max().gt(0).item() is knows
     assert isinstance(random_model("score"), SEDD) and isinstance(random_model("causal"), GPT)
+
+
+def test_the_method_does_not_need_the_baselines():
+    """sedd.py without its sixth section loses, bounds and samples as it does with it."""
+    before, after = Path(sedd.__file__).read_text(encoding="utf-8").split(f"# {'-' * 102}\n# 6. Baselines")
+    alone = types.ModuleType("alone")
+    exec(before + after[after.index(f"# {'-' * 102}\n# 7.") :], alone.__dict__)
+    assert not hasattr(alone, "GPT") and alone.MODELS.keys() == {"score"}
+    results = []
+    for module in alone, sedd:
+        torch.manual_seed(0)
+        model = module.SEDD(module.SEDDConfig(7, 12, 2, 2, 32, 16)).eval()
+        x0 = torch.randint(7, (4, 12))
+        loss = module.diffusion_loss(model, model.graph, model.noise, x0)
+        bound = module.nll_bound(model, model.graph, model.noise, x0, num_times=4)
+        results.append((loss, bound, module.sample(model, model.graph, model.noise, (4, 12), 8)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
