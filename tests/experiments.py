@@ -38,7 +38,7 @@ RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
 TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
-RATES, SEEDS, STEPS, SEARCH = (3e-3, 6e-3, 1.2e-2), (1, 2, 3), 800, 200
+RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 800, 200
 lock = threading.Lock()  # the random state is the process's
 
 
