@@ -5,3 +5,4 @@ from config.absorb import *
 
 out_dir = "out/gpt"
 parameterization = "causal"
+learning_rate = 2.4e-2

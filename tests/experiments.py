@@ -39,6 +39,7 @@ TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Abso
 TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
 RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 800, 200
+DIFFUSION, SAMPLERS, CALLS = ("absorb", "uniform", "d3pm"), ("tweedie", "euler"), (8, 16, 32, 64, 128, 256, 512)
 lock = threading.Lock()  # the random state is the process's
 
 
@@ -134,7 +135,7 @@ def train(a):
     all_of((system, rate, SEEDS[0], SEARCH) for system in SYSTEMS for rate in RATES)
     all_of((system, best_rate(system), SEEDS[0], STEPS) for system in SYSTEMS)
     winners = [best_times(name) for name in TITLES]
-    all_of((system, best_rate(system), SEEDS[1], STEPS) for system in winners)
+    all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in winners)
     all_of((system, best_rate(system), SEEDS[0], STEPS, "pydocs") for system in winners)
     all_of((system, best_rate(system), seed, STEPS) for seed in SEEDS for system in SYSTEMS)
 
@@ -152,10 +153,12 @@ def load(name, seed):
     return load_model(WEIGHTS / model_of(name, seed))[0]
 
 
-def perplexity(judge, x):
-    """The judge's perplexity of the texts x (B, L), all tokens together."""
+def judged(judge, x):
+    """The judge's perplexity of the texts x (B, L), all tokens together, and its standard error over the texts."""
     with torch.no_grad():
-        return math.exp(judge(x).mean().item())
+        nats = judge(x).mean(-1)
+    perplexity = math.exp(nats.mean().item())
+    return {"perplexity": perplexity, "perplexity_error": perplexity * nats.std().item() / len(x) ** 0.5}
 
 
 def entropy(x):
@@ -187,33 +190,32 @@ def quality(a):
     L = judge.config.block_size
     nothing = torch.full((64, L), -1)
 
-    def judged(name, steps=0, sampler=""):
+    def sampled(name, steps=0, sampler=""):
         model = load(name, SEEDS[0])
         written(model, nothing, 2) if name != "gpt" else written(model, nothing[:, :2])  # warm up
         torch.manual_seed(0)
         began = time.perf_counter()
         x = written(model, nothing, steps, sampler)
         seconds = time.perf_counter() - began
-        return {"perplexity": perplexity(judge, x), "entropy": entropy(x), "seconds": seconds}
+        return judged(judge, x) | {"entropy": entropy(x), "seconds": seconds}
 
     corpus = data("test")[0]
     corpus = corpus[: len(corpus) // L * L].view(-1, L)
     corpus = corpus[:: len(corpus) // 64][:64]
-    measured("quality.jsonl", {"system": "corpus"}, lambda: {
-        "perplexity": perplexity(judge, corpus), "entropy": entropy(corpus)})  # fmt: skip
-    measured("quality.jsonl", {"system": "gpt", "model": model_of("gpt")}, lambda: judged("gpt"))
-    for steps in 8, 16, 32, 64, 128, 256, 512:
-        for name in "absorb", "uniform", "d3pm":
-            for sampler in "tweedie", "euler":
+    measured("quality.jsonl", {"system": "corpus"}, lambda: judged(judge, corpus) | {"entropy": entropy(corpus)})
+    measured("quality.jsonl", {"system": "gpt", "model": model_of("gpt")}, lambda: sampled("gpt"))
+    for steps in CALLS:
+        for name in DIFFUSION:
+            for sampler in SAMPLERS:
                 key = {"system": name, "model": model_of(name), "steps": steps, "sampler": sampler}
-                measured("quality.jsonl", key, lambda: judged(name, steps, sampler))
+                measured("quality.jsonl", key, lambda: sampled(name, steps, sampler))
 
 
 def infill(a):
     judge, (corpus, _) = load("gpt", SEEDS[1]), data("test")
     L = judge.config.block_size
     passages = corpus[: len(corpus) // L * L].view(-1, L)[::3][:128]
-    measured("infill.jsonl", {"system": "corpus"}, lambda: {"perplexity": perplexity(judge, passages)})
+    measured("infill.jsonl", {"system": "corpus"}, lambda: judged(judge, passages))
     order = torch.arange(L)
     scattered = torch.randperm(L, generator=torch.Generator().manual_seed(0)).argsort()
     for where, rank in {"middle": (order - L // 3) % L, "prefix": order, "suffix": L - 1 - order,
@@ -226,10 +228,11 @@ def infill(a):
                 prompt[:, hidden.nonzero()[0, 0] :] = -1
             torch.manual_seed(0)
             x = torch.where(hidden, written(load(name, SEEDS[0]), prompt), passages)
-            match = (x == passages)[:, hidden].double().mean().item()
-            return {"perplexity": perplexity(judge, x), "match": match}
+            match = (x == passages)[:, hidden].double().mean(-1)
+            error = match.std().item() / len(x) ** 0.5
+            return judged(judge, x) | {"match": match.mean().item(), "match_error": error}
 
-        for name in TITLES if where in ("middle", "suffix") else ("absorb", "uniform", "d3pm"):
+        for name in TITLES if where in ("middle", "suffix") else DIFFUSION:
             key = {"where": where, "system": name, "model": model_of(name)}
             measured("infill.jsonl", key, lambda: infilled(name))
 
@@ -264,8 +267,8 @@ def draw(a):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     lines = read("quality.jsonl")
     for x, axis in zip(("steps", "seconds"), axes):
-        for name in "absorb", "uniform", "d3pm":
-            for sampler in "tweedie", "euler":
+        for name in DIFFUSION:
+            for sampler in SAMPLERS:
                 mine = [line for line in lines if line["system"] == name and line["sampler"] == sampler]
                 axis.plot([line[x] for line in mine], [line["perplexity"] for line in mine], ".:" if sampler == "euler"
                           else ".-", color=COLOURS[name], label=f"{TITLES[name]}, {sampler.title()}")  # fmt: skip
@@ -277,7 +280,7 @@ def draw(a):
         axis.axhline(corpus["perplexity"], color="grey", ls="--", label="held-out text")
         axis.set(xscale="log", yscale="log")
     axes[0].set(xlabel="network calls", ylabel="perplexity under another GPT")
-    axes[0].set_xticks(ticks := [8, 16, 32, 64, 128, 256, 512], ticks)
+    axes[0].set_xticks(CALLS, CALLS)
     axes[1].set(xlabel="seconds for 64 texts")
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, "quality.svg")
@@ -321,12 +324,18 @@ def tables(a):
                      spread(tests(system)), f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
     table(["system", "times of training", *(f"rate {r:g}, {SEARCH} steps, validation" for r in RATES),
            f"best rate, {STEPS} steps, test", "test, pydocs"], rows)  # fmt: skip
-    table(["system", "sampler", "calls", "judge's perplexity", "entropy", "seconds"], [
-        [TITLES.get(r["system"], "held-out text"), r.get("sampler", ""), r.get("steps", ""), f"{r['perplexity']:.2f}",
-         f"{r['entropy']:.2f}", f"{r['seconds']:.1f}" if "seconds" in r else ""] for r in read("quality.jsonl")])  # fmt: skip
+    number = lambda line, name, digits=2: "" if name not in line else f"{line[name]:.{digits}f}" + (
+        f" ± {line[f'{name}_error']:.{digits}f}" if f"{name}_error" in line else "")  # fmt: skip
+    found = {(r["system"], r.get("sampler", ""), r.get("steps")): r for r in read("quality.jsonl")}
+    for name, digits in ("perplexity", 1), ("entropy", 2), ("seconds", 1):
+        rows = [[TITLES[system], sampler, *(number(found.get((system, sampler, n), {}), name, digits) for n in CALLS)]
+                for system in DIFFUSION for sampler in SAMPLERS]  # fmt: skip
+        ends = {"GPT": found.get(("gpt", "", None), {}), "held-out text": found.get(("corpus", "", None), {})}
+        rows += [[title, "", *(number(line, name, digits) if n == 128 else "" for n in CALLS)] for title, line in ends.items()]
+        table([name, "sampler", *(f"{n} calls" for n in CALLS)], rows)
     table(["hidden third", "system", "judge's perplexity of the passage", "characters as in the original"], [
-        [r.get("where", ""), TITLES.get(r["system"], "held-out text"), f"{r['perplexity']:.2f}",
-         f"{r['match']:.3f}" if "match" in r else ""] for r in read("infill.jsonl")])  # fmt: skip
+        [r.get("where", ""), TITLES.get(r["system"], "held-out text"), number(r, "perplexity"), number(r, "match", 3)]
+        for r in read("infill.jsonl")])  # fmt: skip
 
 
 def main():

@@ -1,6 +1,7 @@
 """train.py when things go wrong, and what it says of a model: known answers, signals, kills, full disks, NaN."""
 
 import contextlib
+import copy
 import fcntl
 import json
 import math
@@ -178,6 +179,40 @@ def test_start_weights_that_do_not_fit(home, line, words):
     before = files(home)
     complains(call("train.py", *line.split(), cwd=home), "train.py", *words)
     assert files(home) == before
+
+
+def test_each_optimiser_has_its_parameters(home):
+    """Muon orthogonalises: in its first step the singular values, but for the smallest, are those of AdamW's size."""
+    model = sedd.SEDD(sedd.SEDDConfig(7, 8, 2, 2, 32, 16))
+    names = {id(p): name for name, p in model.named_parameters()}
+    shares = {kind: {names[id(p)] for p in mine} for kind, mine in train.shares(model, "muon").items()}
+    assert shares["muon"] == {f"blocks.{i}.{name}.weight" for i in range(2)
+                              for name in ("attn_qkv", "attn_out", "mlp.0", "mlp.2")}  # fmt: skip
+    assert shares["adamw"] == {*names.values()} - shares["muon"]
+    assert [*map(len, train.shares(model, "adamw").values())] == [len(names)]
+
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in train.make_optimizers(model, train.Options(learning_rate=0.01)).values():
+        optimizer.step()
+    moves = [p.detach() - q.detach() for p, q in zip(model.parameters(), before.parameters())]
+    for p, move in zip(model.parameters(), moves):
+        if names[id(p)] in shares["muon"]:
+            size = 0.01 * 0.2 * max(p.shape) ** 0.5
+            singular = torch.linalg.svdvals(move)
+            assert 0.6 * size < singular.quantile(0.1) and singular.max() < 1.3 * size
+        else:
+            torch.testing.assert_close(move, -0.01 * p.grad.sign(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_keeps_its_optimiser(home):
+    works(call("train.py", *TINY, "--optimizer=adamw", "--max_steps=2", "--out_dir=adamw", cwd=home))
+    assert checkpoint(home / "adamw")["optimizer"].keys() == {"adamw"}
+    works(call("train.py", "--init_from=resume", "--max_steps=3", "--out_dir=adamw", cwd=home))
+    done = call("train.py", "--init_from=resume", "--max_steps=4", "--optimizer=muon", "--out_dir=adamw", cwd=home)
+    complains(done, "train.py", "optimizer=muon", "trained with adamw", "--optimizer=adamw")
+    assert checkpoint(home / "adamw")["step"] == 3
 
 
 # -------------------------------------------------------------------------------------------------------- signals
