@@ -40,6 +40,7 @@ TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
 RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 800, 200
 DIFFUSION, SAMPLERS, CALLS = ("absorb", "uniform", "d3pm"), ("tweedie", "euler"), (8, 16, 32, 64, 128, 256, 512)
+PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
 
 
@@ -218,8 +219,8 @@ def infill(a):
     measured("infill.jsonl", {"system": "corpus"}, lambda: judged(judge, passages))
     order = torch.arange(L)
     scattered = torch.randperm(L, generator=torch.Generator().manual_seed(0)).argsort()
-    for where, rank in {"middle": (order - L // 3) % L, "prefix": order, "suffix": L - 1 - order,
-                        "scattered": scattered}.items():  # fmt: skip
+    ranks = (order - L // 3) % L, order, L - 1 - order, scattered  # the first third of each is hidden
+    for where, rank in zip(PLACES, ranks):
         hidden = rank < L // 3
 
         def infilled(name):
@@ -312,30 +313,41 @@ def table(head, rows):
         print("| " + " | ".join(map(str, row)) + " |")
 
 
+def number(line, name, digits):
+    """A figure of a line of results as text, with its standard error if it has one; nothing where it is missing."""
+    if name not in line:
+        return ""
+    error = f" ± {line[f'{name}_error']:.{digits}f}" if f"{name}_error" in line else ""
+    return f"{line[name]:.{digits}f}{error}"
+
+
 def tables(a):
-    spread = lambda values: ", ".join(f"{value:.3f}" for value in values) if len(values) < 2 else (
-        f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")  # fmt: skip
     rows = []
     for system in SYSTEMS:
-        rate = best_rate(system)
-        searched = [f"{last_validation(log_of(system, r, SEEDS[0], SEARCH)):.3f}" for r in RATES]
-        pydocs = log_of(system, rate, SEEDS[0], STEPS, "pydocs")
-        rows.append([TITLES[system[0]], "" if system[0] == "gpt" else TIMES[system[1]], *searched,
-                     spread(tests(system)), f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
-    table(["system", "times of training", *(f"rate {r:g}, {SEARCH} steps, validation" for r in RATES),
-           f"best rate, {STEPS} steps, test", "test, pydocs"], rows)  # fmt: skip
-    number = lambda line, name, digits=2: "" if name not in line else f"{line[name]:.{digits}f}" + (
-        f" ± {line[f'{name}_error']:.{digits}f}" if f"{name}_error" in line else "")  # fmt: skip
-    found = {(r["system"], r.get("sampler", ""), r.get("steps")): r for r in read("quality.jsonl")}
+        name, times = system
+        searched = [last_validation(log_of(system, rate, SEEDS[0], SEARCH)) for rate in RATES]
+        found = tests(system)
+        spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+        pydocs = log_of(system, best_rate(system), SEEDS[0], STEPS, "pydocs")
+        rows.append([TITLES[name], "" if name == "gpt" else TIMES[times],
+                     *(f"**{bound:.3f}**" if bound == min(searched) else f"{bound:.3f}" for bound in searched),
+                     f"{statistics.mean(found):.3f}{spread}" if found else "", len(found),
+                     f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
+    table(["system", "times", *(f"rate {rate:g}" for rate in RATES), f"test, {STEPS} steps", "seeds", "test, pydocs"], rows)
+
+    found = {(r["system"], r.get("sampler"), r.get("steps")): r for r in read("quality.jsonl")}
+    ends = {title: found.get((name, None, None), {}) for title, name in (("GPT", "gpt"), ("held-out text", "corpus"))}
     for name, digits in ("perplexity", 1), ("entropy", 2), ("seconds", 1):
         rows = [[TITLES[system], sampler, *(number(found.get((system, sampler, n), {}), name, digits) for n in CALLS)]
                 for system in DIFFUSION for sampler in SAMPLERS]  # fmt: skip
-        ends = {"GPT": found.get(("gpt", "", None), {}), "held-out text": found.get(("corpus", "", None), {})}
-        rows += [[title, "", *(number(line, name, digits) if n == 128 else "" for n in CALLS)] for title, line in ends.items()]
         table([name, "sampler", *(f"{n} calls" for n in CALLS)], rows)
-    table(["hidden third", "system", "judge's perplexity of the passage", "characters as in the original"], [
-        [r.get("where", ""), TITLES.get(r["system"], "held-out text"), number(r, "perplexity"), number(r, "match", 3)]
-        for r in read("infill.jsonl")])  # fmt: skip
+        print("\n" + "; ".join(f"{title}: {number(r, name, digits)}" for title, r in ends.items() if name in r))
+
+    found = {(r["system"], r.get("where")): r for r in read("infill.jsonl")}
+    for name, digits in ("perplexity", 2), ("match", 3):
+        rows = [[TITLES[system], *(number(found.get((system, place), {}), name, digits) for place in PLACES)] for system in TITLES]
+        table([name, *PLACES], rows)
+    print(f"\nheld-out text: {number(found.get(('corpus', None), {}), 'perplexity', 2)}")
 
 
 def main():
