@@ -3,7 +3,7 @@
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
 parameters, tokens and optimiser. Run `python prepare.py shakespeare_char` (and `python prepare.py`) first.
 
-train     every training: for each system the best of three learning rates, chosen by validation after a quarter of
+train     every training: for each system the best of three learning rates, chosen by validation after a fifth of
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 infill    hidden parts of held-out passages, written again.
@@ -38,7 +38,7 @@ RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
 TIMES = {"logit_normal": "bell-shaped", "uniform": "even"}
 SYSTEMS = [(name, times) for times in TIMES for name in TITLES if (name, times) != ("gpt", "uniform")]
-RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 800, 200
+RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 1000, 200
 DIFFUSION, SAMPLERS, CALLS = ("absorb", "uniform", "d3pm"), ("tweedie", "euler"), (8, 16, 32, 64, 128, 256, 512)
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
@@ -76,7 +76,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     if log_of(*run) and (steps == SEARCH or (out / "ckpt.pt").is_file()):  # samples need the weights of the long ones
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
-                   max_steps=steps, warmup_steps=steps // 8, init_from="auto")  # fmt: skip
+                   max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
