@@ -7,9 +7,9 @@ The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chai
 in [0, 1]; a token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph).
 The chain can be run backwards by whoever knows the ratios p_t(y) / p_t(x) for all sequences y that differ
 from x in one position: together they are called the concrete score. A transformer learns them by
-minimising the score entropy, which is smallest exactly at the true ratios and which, weighted and
-integrated over time, bounds -log p(x0). To sample, start from pure noise and run the chain backwards
-with the learned score.
+minimising the score entropy, which is smallest exactly at the true ratios and which, in a form that data
+can be put into, weighted and integrated over time, bounds -log p(x0) up to a term for each end. To sample,
+start from pure noise and run the chain backwards with the learned score.
 
     1. Noise         how much noise there is at time t
     2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
@@ -21,8 +21,8 @@ with the learned score.
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
 the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the
-paper's sigma-bar and sigma (in `tweedie_probs` alone dsigma is a finite difference: the noise to undo). Losses
-and bounds are in nats.
+paper's sigma-bar and sigma (in `tweedie_probs` alone dsigma is a finite difference: the noise to undo). x_T is
+x at t = 1, and p_base the distribution from which the chain is run backwards. Losses and bounds are in nats.
 """
 
 import json
@@ -87,7 +87,7 @@ class GeometricNoise:
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
 # convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x)
-# is unknown. But put in its place r = p(y | x0) / p(x | x0), which exp(sigma Q) gives: the mean of that over
+# is unknown. But put in its place r = p(y | x0) / p(x | x0), with p(x | x0) = exp(sigma Q)[x, x0]: its mean over
 # the x0 that x may have come from is just the true ratio, so that on average the loss has only gained a
 # constant, and the same minimum. This is the denoising score entropy, the loss of a token being its sum over
 # the jumps y != x, each weighted by Q[x, y].
@@ -176,6 +176,7 @@ class Absorbing:
     def tweedie_probs(self, score, dsigma, x):
         """p(y) ~ (exp(-dsigma Q) score)_y exp(dsigma Q)[x, y], (B, L, S): the Tweedie step back by dsigma.
 
+        With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x).
         From MASK this is (e^dsigma - 1) score_y for a token y, and MASK keeps the rest of the mass. A learned
         score can promise more than there is; the rest is then clamped at zero.
         """
@@ -320,7 +321,9 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    causal = False
+    """x (B, L, n_embd), c (B, cond_dim) of sigma, cos and sin (L, D/2) for heads of width D -> (B, L, n_embd)."""
+
+    causal = False  # the GPT of section 6 sets it
 
     def __init__(self, config):
         super().__init__()
@@ -349,7 +352,7 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The last norm, and the vocabulary head `linear`, which SEDD.forward applies to the rows that need it.
+    """The last norm, and the vocabulary head `linear`, which SEDD applies itself, to the rows that need it.
 
     The head starts at zero: every score starts equal.
     """
@@ -436,7 +439,7 @@ class SEDD(nn.Module):
     published checkpoints, where vocab_embed.weight is called vocab_embed.embedding.
     """
 
-    known_graphs = GRAPHS
+    known_graphs = GRAPHS  # those for which the class has formulas
 
     def __init__(self, config):
         super().__init__()
@@ -555,8 +558,9 @@ def nll_bound(model, graph, noise, x0, num_times=128):
                       + KL(p(x_T | x0) || p_base)                 graph.prior_kl, the end at t = 1
                       + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
 
-    p(x0) is what the reversed chain generates from p_base with this model's scores; with the true scores the
-    bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
+    p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time (`sample`
+    takes steps, and starts from the pure noise that p_base is but for graph.prior_kl's visible tokens); with the true
+    scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
     The integral takes num_times times t = u^2, with u evenly spaced from one random shift per sequence: a token
     hit at time t is rare and weighs 1 / t, so that with even times the variance would have no limit. What each
     schedule leaves at the two ends:
@@ -626,10 +630,11 @@ def sample_jumps(probs, here):
 def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None):
     """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in at most `steps` calls of the model.
 
-    `euler` is tau-leaping: for the length of a step every position jumps at the rates of its beginning.
-    `tweedie` is the step that is optimal among those that move each position independently, and exact for a
-    single position. The last step of both is Tweedie's, from wherever the noise is down to none. (Under the absorbing
-    graph with log-linear noise the two are the same: the rates of its beginning are the step's.)
+    `euler` is tau-leaping: every position jumps with a chance of its rate, as it is at the beginning of the step,
+    times the step's length. `tweedie` is, given the true scores, optimal among the steps that move each position
+    independently, and exact for a single position. The last step of both is Tweedie's, from wherever the noise is down
+    to none. (Under the absorbing graph with log-linear noise the two are the same: from t to t - dt a MASK is left with
+    the chance dt / t, which is rate times length.)
 
     prompt (B, L) has a token where it is to be kept and -1 where one is to be generated. Under the absorbing
     graph this samples p(rest | kept) at any positions, as exactly as it samples without: a kept token looks just
@@ -701,7 +706,7 @@ class D3PM(SEDD):
     Under the uniform graph, with R = 1 + N / (e^sigma - 1), the ratio is 1 / R for x0 = x, R for x0 = y and
     1 for any other x0: score_y = mu_x / R + mu_y R + (1 - mu_x - mu_y).
 
-    This plain version holds all logits of a position at once, for its softmax: it is not made for large vocabularies.
+    This plain version holds all logits at once, for its softmax: it is not made for large vocabularies.
     """
 
     known_graphs = "absorb", "uniform"
@@ -727,7 +732,7 @@ class D3PM(SEDD):
 class GPT(SEDD):
     """The yardstick: the same blocks, causal, at sigma = 0 always; it predicts each token from those before it.
 
-    Built with the absorbing graph, whose MASK stands for the beginning of the text.
+    Built with the absorbing graph, whose MASK stands before the first token.
     """
 
     known_graphs = ("absorb",)
@@ -752,7 +757,8 @@ class GPT(SEDD):
         """prompt (B, L), tokens to begin with and then -1 -> (B, L), a token a call, all of its past computed anew."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
         for i in range(int((prompt >= 0).all(0).sum()), prompt.shape[1]):
-            x[:, i + 1] = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1))
+            drawn = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1))
+            x[:, i + 1] = torch.where(prompt[:, i] < 0, drawn, prompt[:, i])
             if callback:
                 callback(i + 1, x[:, 1:])
         return x[:, 1:]

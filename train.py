@@ -359,8 +359,8 @@ def shares(model, optimizer):
 def make_optimizers(model, o):
     """AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks.
 
-    Where AdamW scales each number of a gradient by itself, Muon makes the gradient of a matrix orthogonal, so that it
-    moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
+    Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal, so
+    that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
     options = dict(lr=o.learning_rate, weight_decay=o.weight_decay)
     adamw = lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, o.beta2), fused=True, **options)
@@ -513,7 +513,8 @@ def train(o, explicit):
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(resumed["optimizer"][name])
+            # what it remembers, but with the options that were given now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": resumed["optimizer"][name]["state"]})
         start, resumed = resumed["step"], None  # a second copy of all numbers need not stay
     if world > 1:
         starts = torch.tensor([start, -start])
@@ -644,6 +645,8 @@ def train(o, explicit):
                     pending = pending[log.write(pending) :]
             if done % o.save_interval == 0 or last:
                 try:
+                    if not optimizers["adamw"].state:
+                        raise ValueError("no step was finite yet")
                     save_checkpoint(out / "ckpt.pt", {
                         "model": model.state_dict(), "ema": ema.state_dict(),
                         "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},

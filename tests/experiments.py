@@ -1,10 +1,12 @@
 """Four systems on the same work: python tests/experiments.py train|quality|infill|draw|tables
 
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
-parameters, tokens and optimiser. Run `python prepare.py shakespeare_char` (and `python prepare.py`) first.
+tokens, optimisers and parameters (of which GPT, without noise, leaves a sixth idle). Run
+`python prepare.py shakespeare_char` and `python prepare.py` first.
 
-train     every training: for each system the best of three learning rates, chosen by validation after a fifth of
+train     every training: for each system the best of three learning rates, chosen by validation in runs of a fifth of
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
+          The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures of the README, assets/*.svg.
@@ -32,7 +34,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sedd  # noqa: E402
-from train import Data, Options, autocast, evaluate, find_device, find_dtype, generate, load_model  # noqa: E402
+from train import (  # noqa: E402
+    Data, Options, autocast, evaluate, find_device, find_dtype, generate, load_checkpoint, load_model,
+)  # fmt: skip
 
 RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
@@ -58,9 +62,8 @@ def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
 
 
 def read(path):
-    """The lines of a file of results; what a kill has left half-written is not there."""
-    text = (RESULTS / path).read_text() if (RESULTS / path).is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    """The lines of a file of results."""
+    return [json.loads(line) for line in (RESULTS / path).read_text().splitlines()] if (RESULTS / path).is_file() else []
 
 
 def log_of(*run):
@@ -73,7 +76,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     name, times = system
     run = system, rate, seed, steps, dataset
     out = WEIGHTS / name_of(*run)
-    if log_of(*run) and (steps == SEARCH or (out / "ckpt.pt").is_file()):  # samples need the weights of the long ones
+    finished = (out / "ckpt.pt").is_file() and load_checkpoint(out / "ckpt.pt")["step"] == steps
+    if log_of(*run) and (steps == SEARCH or finished):  # samples need the weights of the long ones
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
@@ -88,8 +92,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
             bound, error = test_bound(out, dataset)
         lines += json.dumps({"test": bound, "test_error": error}) + "\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "partial").write_text(lines)
-    os.replace(RESULTS / "partial", RESULTS / f"{out.name}.jsonl")
+    (RESULTS / f"{out.name}.partial").write_text(lines)
+    os.replace(RESULTS / f"{out.name}.partial", RESULTS / f"{out.name}.jsonl")
     print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -106,25 +110,20 @@ def best_rate(system):
 
 
 def last_validation(log):
+    if not log:
+        sys.exit("experiments.py: the trainings are not done yet: python tests/experiments.py train")
     return [line["val_bound"] for line in log if "val_bound" in line][-1]
 
 
 def best_times(name):
-    """The times with which this system's validation bound is lower, over the seeds that are done."""
-    return min((s for s in SYSTEMS if s[0] == name), key=lambda s: statistics.mean(validations(s)))
-
-
-def finished(system):
-    """The logs of the full trainings of a system at its best rate, over seeds."""
-    return [log for seed in SEEDS if (log := log_of(system, best_rate(system), seed, STEPS))]
-
-
-def validations(system):
-    return [last_validation(log) for log in finished(system)]
+    """The times with which this system's validation bound is lower, with the first seed."""
+    systems = [s for s in SYSTEMS if s[0] == name]
+    return min(systems, key=lambda s: last_validation(log_of(s, best_rate(s), SEEDS[0], STEPS)))
 
 
 def tests(system):
-    return [log[-1]["test"] for log in finished(system)]
+    """The test split's bounds of the full trainings of a system at its best rate, over the seeds that are done."""
+    return [log[-1]["test"] for seed in SEEDS if (log := log_of(system, best_rate(system), seed, STEPS))]
 
 
 def train(a):
@@ -176,14 +175,22 @@ def written(model, prompt, steps=128, sampler="tweedie"):
 
 def measured(path, key, measure):
     """What `measure` returns for this key (a dict), read from the file at `path` if it has been measured before."""
+    key = key | {"judge": model_of("gpt", SEEDS[1])}
     for line in read(path):
         if key.items() <= line.items():
             return line
     line = key | measure()
-    with open(RESULTS / path, "a") as file:
-        print(json.dumps(line), file=file)
+    lines = "".join(json.dumps(each) + "\n" for each in [*read(path), line])
+    (RESULTS / f"{path}.partial").write_text(lines)
+    os.replace(RESULTS / f"{path}.partial", RESULTS / path)
     print(line, flush=True)
     return line
+
+
+def measurements(path):
+    """The lines of a file of results that are of the models and the judge which the trainings chose."""
+    models = {None, *map(model_of, TITLES)}
+    return [line for line in read(path) if line["judge"] == model_of("gpt", SEEDS[1]) and line.get("model") in models]
 
 
 def quality(a):
@@ -266,7 +273,7 @@ def draw(a):
     save(figure, "curves.svg")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    lines = read("quality.jsonl")
+    lines = measurements("quality.jsonl")
     for x, axis in zip(("steps", "seconds"), axes):
         for name in DIFFUSION:
             for sampler in SAMPLERS:
@@ -275,7 +282,7 @@ def draw(a):
                           else ".-", color=COLOURS[name], label=f"{TITLES[name]}, {sampler.title()}")  # fmt: skip
         gpt, corpus = (next(line for line in lines if line["system"] == s) for s in ("gpt", "corpus"))
         if x == "seconds":
-            axis.plot(gpt["seconds"], gpt["perplexity"], "*", color=COLOURS["gpt"], label="GPT")
+            axis.plot(gpt["seconds"], gpt["perplexity"], "*", color=COLOURS["gpt"], label="GPT, no cache")
         else:
             axis.axhline(gpt["perplexity"], color=COLOURS["gpt"], label="GPT, 128 calls")
         axis.axhline(corpus["perplexity"], color="grey", ls="--", label="held-out text")
@@ -329,13 +336,14 @@ def tables(a):
         found = tests(system)
         spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
         pydocs = log_of(system, best_rate(system), SEEDS[0], STEPS, "pydocs")
+        pydocs = number(pydocs[-1], "test", 3) if pydocs else ""
         rows.append([TITLES[name], "" if name == "gpt" else TIMES[times],
                      *(f"**{bound:.3f}**" if bound == min(searched) else f"{bound:.3f}" for bound in searched),
                      f"{statistics.mean(found):.3f}{spread}" if found else "", len(found),
-                     f"{pydocs[-1]['test']:.3f}" if pydocs else ""])  # fmt: skip
+                     pydocs])  # fmt: skip
     table(["system", "times", *(f"rate {rate:g}" for rate in RATES), f"test, {STEPS} steps", "seeds", "test, pydocs"], rows)
 
-    found = {(r["system"], r.get("sampler"), r.get("steps")): r for r in read("quality.jsonl")}
+    found = {(r["system"], r.get("sampler"), r.get("steps")): r for r in measurements("quality.jsonl")}
     ends = {title: found.get((name, None, None), {}) for title, name in (("GPT", "gpt"), ("held-out text", "corpus"))}
     for name, digits in ("perplexity", 1), ("entropy", 2), ("seconds", 1):
         rows = [[TITLES[system], sampler, *(number(found.get((system, sampler, n), {}), name, digits) for n in CALLS)]
@@ -343,7 +351,7 @@ def tables(a):
         table([name, "sampler", *(f"{n} calls" for n in CALLS)], rows)
         print("\n" + "; ".join(f"{title}: {number(r, name, digits)}" for title, r in ends.items() if name in r))
 
-    found = {(r["system"], r.get("where")): r for r in read("infill.jsonl")}
+    found = {(r["system"], r.get("where")): r for r in measurements("infill.jsonl")}
     for name, digits in ("perplexity", 2), ("match", 3):
         rows = [[TITLES[system], *(number(found.get((system, place), {}), name, digits) for place in PLACES)] for system in TITLES]
         table([name, *PLACES], rows)

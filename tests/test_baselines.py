@@ -122,6 +122,14 @@ def test_gpt_keeps_the_prefix():
     assert (x[:, :4] == prompt[:, :4]).all() and x.min() >= 0 and x.max() < 7
 
 
+def test_gpt_keeps_prefixes_of_any_length():
+    prompt = torch.full((5, 12), -1)
+    for i, row in enumerate(prompt):
+        row[: 2 * i] = torch.randint(7, (2 * i,))
+    x = random_model("causal").sample(prompt)
+    assert (x == prompt)[prompt >= 0].all() and x.min() >= 0 and x.max() < 7
+
+
 def test_sedd_is_not_causal():
     for kind, knows in ("score", True), ("causal", False):
         model, x = random_model(kind), torch.randint(7, (1, 12))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import experiments
 import prepare
 import sample
 import sedd
@@ -54,3 +55,11 @@ def test_names_of_the_paper_table_exist():
             names = re.findall(r"`([\w.]+)`", row.split("|")[3])
             for name in names:
                 assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b|\b{name.split('.')[-1]}\b =", source), name
+
+
+def test_tables_are_those_of_the_logs(capsys):
+    experiments.tables(None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 40
+    for line in lines:
+        assert line in TEXT, line

@@ -215,6 +215,29 @@ def test_a_run_keeps_its_optimiser(home):
     assert checkpoint(home / "adamw")["step"] == 3
 
 
+def test_options_given_at_a_resume_reach_the_optimiser(home):
+    shutil.copytree(home / "out", home / "decayed")
+    works(call("train.py", "--init_from=resume", "--out_dir=decayed", "--max_steps=21", "--weight_decay=0.5", "--beta2=0.9",
+               cwd=home))  # fmt: skip
+    optimizers = checkpoint(home / "decayed")["optimizer"]
+    assert {name: optimizer["param_groups"][0]["weight_decay"] for name, optimizer in optimizers.items()} == {
+        "adamw": 0.5, "muon": 0.5}  # fmt: skip
+    assert optimizers["adamw"]["param_groups"][0]["betas"] == (0.9, 0.9)
+    assert optimizers["adamw"]["state"][0]["step"] == 21
+
+
+def test_no_checkpoint_before_a_finite_step(home):
+    """It would have no moments to go on with; what lies there stays."""
+    meta = json.loads((home / "data/pydocs/meta.json").read_text())
+    model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
+    model.output_layer.linear.bias.data[0] = 3e38
+    model.save_pretrained(home / "infinite")
+    args = ["--init_from=infinite", "--max_steps=3", "--out_dir=never_finite"]
+    done = call("train.py", *args, cwd=home)
+    assert done.returncode == 1 and "step 3 was not saved (no step was finite yet)" in done.stderr
+    assert not (home / "never_finite/ckpt.pt").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- signals
 
 
