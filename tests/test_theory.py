@@ -347,6 +347,18 @@ def test_tweedie_is_no_worse_than_euler(graph):
         assert tweedie <= euler + (1e-3 if graph.mask_id is not None else NOISE_OF_TV)
 
 
+@pytest.mark.parametrize("t, dt", [(1.0, 0.25), (0.5, 0.1), (0.2, 0.15)])
+def test_the_samplers_are_one_under_absorbing_log_linear_noise(t, dt):
+    """The chances of Euler's step, delta(x, y) + dt dsigma(t) Q[x, y] score_y, are Tweedie's."""
+    graph, noise, t, dt = Absorbing(V), LogLinearNoise(), *torch.tensor([[t], [dt]], dtype=torch.float64)
+    (sigma, dsigma), (earlier, _) = noise(t), noise(t - dt)
+    x = graph.sample_prior(1, 2)
+    score = Oracle(graph, PAIR)(x, sigma).exp()
+    euler = F.one_hot(x, graph.num_states) + dt * dsigma * graph.reverse_rate(score, x)
+    assert 0.1 < euler[..., graph.mask_id].min() and euler[..., graph.mask_id].max() < 0.9
+    torch.testing.assert_close(euler, graph.tweedie_probs(score, sigma - earlier, x))
+
+
 def infilling_distance(graph, kept, seed=0):
     """Total variation of the infilled rest against p0(rest | kept), for ROW with `kept`, a dict from position to token."""
     prompt = torch.full((N, 3), -1)
