@@ -362,10 +362,11 @@ def make_optimizers(model, o):
     Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal, so
     that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
-    options = dict(lr=o.learning_rate, weight_decay=o.weight_decay)
-    adamw = lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, o.beta2), fused=True, **options)
-    muon = lambda parameters: torch.optim.Muon(parameters, adjust_lr_fn="match_rms_adamw", **options)
-    return {name: {"adamw": adamw, "muon": muon}[name](mine) for name, mine in shares(model, o.optimizer).items()}
+    mine, options = shares(model, o.optimizer), dict(lr=o.learning_rate, weight_decay=o.weight_decay)
+    optimizers = {"adamw": torch.optim.AdamW(mine["adamw"], betas=(0.9, o.beta2), fused=True, **options)}
+    if "muon" in mine:
+        optimizers["muon"] = torch.optim.Muon(mine["muon"], adjust_lr_fn="match_rms_adamw", **options)
+    return optimizers
 
 
 def learning_rate(o, step):
