@@ -203,7 +203,7 @@ def quality(a):
 
     def sampled(name, steps=0, sampler=""):
         model = load(name, SEEDS[0])
-        written(model, nothing, 2) if name != "gpt" else written(model, nothing[:, :2])  # warm up
+        written(model, nothing[:, :2] if name == "gpt" else nothing, 2)  # warm up
         torch.manual_seed(0)
         began = time.perf_counter()
         x = written(model, nothing, steps, sampler)
