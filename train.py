@@ -53,11 +53,11 @@ class Options:
     dropout: float = 0.0  # on the branches of the blocks
     # optimisation
     times: Literal["uniform", "logit_normal"] = "logit_normal"  # draws of t: the paper's, or more around 1/2
-    max_steps: int = 2400  # optimiser steps
+    max_steps: int = 2000  # optimiser steps
     batch_size: int = 32  # sequences a step, over all processes and micro-batches
     micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
-    learning_rate: float = 4e-3  # of both, after the warm-up
+    learning_rate: float = 6e-3  # of both, after the warm-up
     warmup_steps: int = 100  # steps of linear growth from 0
     decay_lr: bool = True  # fall along a cosine to 0 at max_steps, else stay constant
     weight_decay: float = 0.0  # of both optimisers
@@ -68,7 +68,7 @@ class Options:
     # evaluation and checkpoints
     eval_only: bool = False  # print the bound of the start weights and stop
     eval_split: Literal["val", "test", "train"] = "val"  # what is evaluated
-    eval_interval: int = 600  # steps between evaluations
+    eval_interval: int = 500  # steps between evaluations
     eval_sequences: int = 128  # sequences evaluated, evenly spread over the split; 0: all of it
     eval_times: int = 8  # times per sequence in the bound's integral
     save_interval: int = 500  # steps between checkpoints
@@ -362,10 +362,11 @@ def make_optimizers(model, o):
     Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal, so
     that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
-    options = dict(lr=o.learning_rate, weight_decay=o.weight_decay)
-    adamw = lambda parameters: torch.optim.AdamW(parameters, betas=(0.9, o.beta2), fused=True, **options)
-    muon = lambda parameters: torch.optim.Muon(parameters, adjust_lr_fn="match_rms_adamw", **options)
-    return {name: {"adamw": adamw, "muon": muon}[name](mine) for name, mine in shares(model, o.optimizer).items()}
+    mine, options = shares(model, o.optimizer), dict(lr=o.learning_rate, weight_decay=o.weight_decay)
+    optimizers = {"adamw": torch.optim.AdamW(mine["adamw"], betas=(0.9, o.beta2), fused=True, **options)}
+    if "muon" in mine:
+        optimizers["muon"] = torch.optim.Muon(mine["muon"], adjust_lr_fn="match_rms_adamw", **options)
+    return optimizers
 
 
 def learning_rate(o, step):

@@ -169,7 +169,7 @@ def entropy(x):
     return sum(torch.special.entr(torch.bincount(row) / len(row)).sum().item() for row in x) / len(x)
 
 
-def written(model, prompt, steps=128, sampler="tweedie"):
+def written(model, prompt, steps, sampler="tweedie"):
     """What a model makes of prompt (B, L), in the CPU's dtype; GPT computes its past anew at each token."""
     device = torch.device("cpu")
     with autocast(device, find_dtype("auto", device)):
@@ -203,7 +203,7 @@ def quality(a):
 
     def sampled(name, steps=0, sampler=""):
         model = load(name, SEEDS[0])
-        written(model, nothing, 2) if name != "gpt" else written(model, nothing[:, :2])  # warm up
+        written(model, nothing[:, :2] if name == "gpt" else nothing, 2)  # warm up
         torch.manual_seed(0)
         began = time.perf_counter()
         x = written(model, nothing, steps, sampler)
@@ -224,7 +224,7 @@ def quality(a):
 def infill(a):
     judge, (corpus, _) = load("gpt", SEEDS[1]), data("test")
     L = judge.config.block_size
-    passages = corpus[: len(corpus) // L * L].view(-1, L)[::3][:128]
+    passages = corpus[: len(corpus) // L * L].view(-1, L)[::6][:64]
     measured("infill.jsonl", {"system": "corpus"}, lambda: judged(judge, passages))
     order = torch.arange(L)
     scattered = torch.randperm(L, generator=torch.Generator().manual_seed(0)).argsort()
@@ -237,7 +237,7 @@ def infill(a):
             if name == "gpt":  # it cannot see what follows
                 prompt[:, hidden.nonzero()[0, 0] :] = -1
             torch.manual_seed(0)
-            x = torch.where(hidden, written(load(name, SEEDS[0]), prompt), passages)
+            x = torch.where(hidden, written(load(name, SEEDS[0]), prompt, 64), passages)
             match = (x == passages)[:, hidden].double().mean(-1)
             error = match.std().item() / len(x) ** 0.5
             return judged(judge, x) | {"match": match.mean().item(), "match_error": error}
