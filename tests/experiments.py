@@ -275,7 +275,7 @@ def draw(a):
         label = TITLES[name] + ("" if name == "gpt" else f", {TIMES[times]} times")
         axes.plot(*zip(*curve), color=COLOURS[name], ls="--" if times == "uniform" else "-", label=label)
     axes.set(xlabel="training steps", ylabel="validation, nats per character", ylim=(None, 3.2))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "curves.svg")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -295,7 +295,7 @@ def draw(a):
     axes[0].set(xlabel="network calls", ylabel="perplexity under another GPT")
     axes[0].set_xticks(CALLS, CALLS)
     axes[1].set(xlabel="seconds for 64 texts")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "quality.svg")
 
     rows, length = 21, 56
