@@ -13,7 +13,7 @@ draw      the pictures of the README, assets/*.svg.
 tables    the tables of the README.
 
 Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
-in out/experiments/.
+in out/experiments/; those that quality, infill and draw need and do not find, they train first.
 """
 
 import argparse
@@ -73,13 +73,12 @@ def log_of(*run):
     return read(f"{name_of(*run)}.jsonl")
 
 
-def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
-    """Train, and test if it is no search for a learning rate, unless it has been done."""
+def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=False):
+    """Train, and test if it is no search for a learning rate, unless there is a log, and, if asked for, the weights."""
     name, times = system
     run = system, rate, seed, steps, dataset
     out = WEIGHTS / name_of(*run)
-    finished = (out / "ckpt.pt").is_file() and load_checkpoint(out / "ckpt.pt")["step"] == steps
-    if log_of(*run) and (steps == SEARCH or finished):  # samples need the weights of the long ones
+    if log_of(*run) and not (weights and unfinished(out, steps)):
         return
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
@@ -88,6 +87,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    if log_of(*run):
+        return
     lines = (out / "log.jsonl").read_text()
     if steps == STEPS:
         with lock:
@@ -97,6 +98,10 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char"):
     (RESULTS / f"{out.name}.partial").write_text(lines)
     os.replace(RESULTS / f"{out.name}.partial", RESULTS / f"{out.name}.jsonl")
     print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def unfinished(out, steps):
+    return not (out / "ckpt.pt").is_file() or load_checkpoint(out / "ckpt.pt")["step"] < steps
 
 
 def test_bound(out, dataset):
@@ -153,6 +158,9 @@ def model_of(name, seed=SEEDS[0]):
 
 
 def load(name, seed):
+    """The model with a system's winning times and rate; where only its log is there, it is trained first."""
+    system = best_times(name)
+    run_training(system, best_rate(system), seed, STEPS, weights=True)
     return load_model(WEIGHTS / model_of(name, seed))[0]
 
 
@@ -275,7 +283,7 @@ def draw(a):
         label = TITLES[name] + ("" if name == "gpt" else f", {TIMES[times]} times")
         axes.plot(*zip(*curve), color=COLOURS[name], ls="--" if times == "uniform" else "-", label=label)
     axes.set(xlabel="training steps", ylabel="validation, nats per character", ylim=(None, 3.2))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "curves.svg")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
@@ -287,15 +295,15 @@ def draw(a):
                       ls=":" if sampler == "euler" else "-", marker=".", label=title_of(name, sampler))  # fmt: skip
         gpt, corpus = (next(line for line in lines if line["system"] == s) for s in ("gpt", "corpus"))
         if x == "seconds":
-            axis.plot(gpt["seconds"], gpt["perplexity"], "*", color=COLOURS["gpt"], label="GPT, no cache")
+            axis.plot(gpt["seconds"], gpt["perplexity"], "*", color=COLOURS["gpt"])
         else:
-            axis.axhline(gpt["perplexity"], color=COLOURS["gpt"], label="GPT, 128 calls")
+            axis.axhline(gpt["perplexity"], color=COLOURS["gpt"], label="GPT, 128 calls, no cache")
         axis.axhline(corpus["perplexity"], color="grey", ls="--", label="held-out text")
         axis.set(xscale="log", yscale="log")
     axes[0].set(xlabel="network calls", ylabel="perplexity under another GPT")
     axes[0].set_xticks(CALLS, CALLS)
     axes[1].set(xlabel="seconds for 64 texts")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "quality.svg")
 
     rows, length = 21, 56
