@@ -53,7 +53,7 @@ class Options:
     dropout: float = 0.0  # on the branches of the blocks
     # optimisation
     times: Literal["uniform", "logit_normal"] = "logit_normal"  # draws of t: the paper's, or more around 1/2
-    max_steps: int = 1400  # optimiser steps
+    max_steps: int = 2000  # optimiser steps
     batch_size: int = 32  # sequences a step, over all processes and micro-batches
     micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
@@ -68,7 +68,7 @@ class Options:
     # evaluation and checkpoints
     eval_only: bool = False  # print the bound of the start weights and stop
     eval_split: Literal["val", "test", "train"] = "val"  # what is evaluated
-    eval_interval: int = 350  # steps between evaluations
+    eval_interval: int = 500  # steps between evaluations
     eval_sequences: int = 128  # sequences evaluated, evenly spread over the split; 0: all of it
     eval_times: int = 8  # times per sequence in the bound's integral
     save_interval: int = 500  # steps between checkpoints
