@@ -9,7 +9,7 @@ train     every training: for each system the best of three learning rates, chos
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 infill    hidden parts of held-out passages, written again.
-draw      the pictures of the README, assets/*.svg.
+draw      the pictures of the README, in assets/.
 tables    the tables of the README.
 
 Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
@@ -274,7 +274,8 @@ def draw(a):
     import matplotlib.pyplot as plt
 
     def save(figure, name):
-        figure.savefig(ROOT / "assets" / name, bbox_inches="tight", metadata={"Date": None})
+        metadata = {"Date": None} if name.endswith("svg") else {}
+        figure.savefig(ROOT / "assets" / name, bbox_inches="tight", dpi=110, metadata=metadata)
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, times in SYSTEMS:
@@ -324,7 +325,7 @@ def draw(a):
         axis.set(xlim=(-1, length), ylim=(rows - 0.4, -0.6), title=TITLES[name], xlabel="position", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("time, from noise (above) to text (below)")
-    save(figure, "writing.svg")
+    save(figure, "writing.png")
 
 
 def table(head, rows):
