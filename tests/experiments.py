@@ -68,6 +68,13 @@ def read(path):
     return [json.loads(line) for line in (RESULTS / path).read_text().splitlines()] if (RESULTS / path).is_file() else []
 
 
+def put(path, text):
+    """Write a file of results: all of it, or nothing."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{path}.partial").write_text(text)
+    os.replace(RESULTS / f"{path}.partial", RESULTS / path)
+
+
 def log_of(*run):
     """The lines of a finished run, of which the last has the test split's bound; none before."""
     return read(f"{name_of(*run)}.jsonl")
@@ -94,9 +101,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
         with lock:
             bound, error = test_bound(out, dataset)
         lines += json.dumps({"test": bound, "test_error": error}) + "\n"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{out.name}.partial").write_text(lines)
-    os.replace(RESULTS / f"{out.name}.partial", RESULTS / f"{out.name}.jsonl")
+    put(f"{out.name}.jsonl", lines)
     print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -191,9 +196,7 @@ def measured(path, key, measure):
         if key.items() <= line.items():
             return line
     line = key | measure()
-    lines = "".join(json.dumps(each) + "\n" for each in [*read(path), line])
-    (RESULTS / f"{path}.partial").write_text(lines)
-    os.replace(RESULTS / f"{path}.partial", RESULTS / path)
+    put(path, "".join(json.dumps(each) + "\n" for each in [*read(path), line]))
     print(line, flush=True)
     return line
 
