@@ -7,16 +7,17 @@ The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chai
 in [0, 1]; a token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph).
 The chain can be run backwards by whoever knows the ratios p_t(y) / p_t(x) for all sequences y that differ
 from x in one position: together they are called the concrete score. A transformer learns them by
-minimising the score entropy, which is smallest exactly at the true ratios and which, in a form that data
-can be put into, weighted and integrated over time, bounds -log p(x0) up to a term for each end. To sample,
-start from pure noise and run the chain backwards with the learned score.
+minimising the score entropy, which is smallest exactly at the true ratios. Its denoising form asks only for
+the ratios p(y | x0) / p(x | x0), which are known; weighted by the rate of the noise and integrated over time,
+it bounds -log p(x0) from above, up to a term for each end. To sample, start from pure noise and run the
+chain backwards with the learned score.
 
     1. Noise         how much noise there is at time t
     2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
     3. Transformer   the network whose output is the log score
-    4. Loss          its draw over time, and the likelihood bound
+    4. Loss          a random draw of it for training, and its integral, the likelihood bound
     5. Samplers      noise in, text out, with infilling
-    6. Baselines     D3PM and GPT on the same transformer
+    6. Baselines     means instead of scores (D3PM), and GPT, on the same transformer
     7. Published weights
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
@@ -109,7 +110,7 @@ def score_sums(log_score, x, x0):
 
 
 def hit(x0, sigma, generator):
-    """Which tokens of x0 (B, L) noise has hit by sigma (B,): each one with chance 1 - e^-sigma."""
+    """bool (B, L), which tokens of x0 (B, L) noise has hit by sigma (B,): each one with chance 1 - e^-sigma."""
     return torch.rand(x0.shape, generator=generator, device=x0.device) < -torch.expm1(-sigma)[:, None]
 
 
@@ -145,7 +146,7 @@ class Absorbing:
         return torch.where(hit(x0, sigma, generator), self.mask_id, x0)
 
     def sample_prior(self, *shape, device=None):
-        """x_T: all MASK."""
+        """x_T, int64 of the given shape: all MASK."""
         return torch.full(shape, self.mask_id, device=device)
 
     def prior_kl(self, sigma):
@@ -157,7 +158,7 @@ class Absorbing:
         return torch.exp(-sigma) * math.log(self.vocab_size)
 
     def score_entropy(self, log_score, sigma, x, x0):
-        """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
+        """Denoising score entropy (B, L) of log_score (B, L, S), in nats per unit of sigma."""
         return self.entropy_from_sums(*score_sums(log_score, x, x0), sigma[:, None], x, x0)
 
     def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
@@ -188,7 +189,10 @@ class Absorbing:
 
 
 class Uniform:
-    """Every token is replaced at rate 1 by one drawn evenly from all N states: Q_uniform = 1 1^T / N - I."""
+    """Every token is replaced at rate 1 by one drawn evenly from all N states: Q_uniform = 1 1^T / N - I.
+
+    The factor 1 / N makes sigma the same clock for both graphs and for every N: of a token, 1 - e^-sigma is hit.
+    """
 
     mask_id = None
 
@@ -210,7 +214,7 @@ class Uniform:
         return torch.where(hit(x0, sigma, generator), drawn, x0)
 
     def sample_prior(self, *shape, device=None):
-        """x_T: evenly drawn tokens."""
+        """x_T, int64 of the given shape: evenly drawn tokens."""
         return torch.randint(self.num_states, shape, device=device)
 
     def prior_kl(self, sigma):
@@ -223,7 +227,7 @@ class Uniform:
         return torch.xlogy(at_x0, N * at_x0) + (N - 1) * torch.xlogy(elsewhere, N * elsewhere)
 
     def score_entropy(self, log_score, sigma, x, x0):
-        """Denoising score entropy (B, L) of log_score (B, L, S), nats before the weight dsigma."""
+        """Denoising score entropy (B, L) of log_score (B, L, S), in nats per unit of sigma."""
         return self.entropy_from_sums(*score_sums(log_score, x, x0), sigma[:, None], x, x0)
 
     def entropy_from_sums(self, total, log_total, log_at_x0, sigma, x, x0):
@@ -317,6 +321,7 @@ def rotate(qk, cos, sin):
 
 
 def modulate(x, shift, scale):
+    """x (B, L, d), shift and scale (B, 1, d) -> (B, L, d)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -352,9 +357,9 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The last norm, and the vocabulary head `linear`, which SEDD applies itself, to the rows that need it.
+    """The last norm, x (B, L, d), c (B, cond_dim) -> (B, L, d), and the vocabulary head.
 
-    The head starts at zero: every score starts equal.
+    SEDD applies the head `linear` itself, to the rows that need it. It starts at zero: every score starts equal.
     """
 
     def __init__(self, config, num_states):
@@ -484,7 +489,8 @@ class SEDD(nn.Module):
 
     def entropy(self, h, sigma, x, x0):
         """Features h (R, d), the others (R,) -> score entropy (R,), without the log scores."""
-        if not hasattr(self.graph, "entropy_from_sums"):  # a graph of another kind, whose loss asks for more than sums
+        if not hasattr(self.graph, "entropy_from_sums"):  # a graph whose loss asks for more than sums
+            # the rows are a batch of sequences of length 1
             return self.graph.score_entropy(self.log_score(h, sigma, x)[:, None], sigma, x[:, None], x0[:, None])[:, 0]
         head, shift, kind = self.output_layer.linear, self.shift(sigma), h.device.type
         # cast the head once, not once a chunk
@@ -509,8 +515,8 @@ class SEDD(nn.Module):
     def forward(self, x, sigma, x0=None):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
 
-        With x0 (B, L): the denoising score entropy (B, L) in nats, equal to graph.score_entropy of the log
-        score, in a fraction of the time and memory: only the positions that have a loss meet the vocabulary.
+        With x0 (B, L): the denoising score entropy (B, L), equal to graph.score_entropy of the log score, but made
+        without a tensor (B, L, S): only the positions that have a loss meet the vocabulary, a part of it at a time.
         """
         h, sigma = self.trunk(x, sigma), sigma[:, None].expand(x.shape)
         if x0 is None:
@@ -689,7 +695,7 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
 
 # ------------------------------------------------------------------------------------------------------
-# 6. Baselines: what the paper compares with, on the same transformer. Nothing above needs this section.
+# 6. Baselines on the same transformer: means instead of scores, and GPT. Nothing above needs this section.
 # ------------------------------------------------------------------------------------------------------
 
 

@@ -321,8 +321,9 @@ def evaluate(model, data, split, n, num_times, seed, rank, world, device, dtype,
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
-def describe(bound, error, meta, split):
-    text = f"bound {bound:.4f} ± {error:.4f} nats per token, perplexity ≤ {math.exp(min(bound, 700)):.2f}"
+def describe(model, bound, error, meta, split):
+    name, at_most = ("nll", "") if isinstance(model, GPT) else ("bound", "≤ ")  # the one is exact
+    text = f"{name} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}{math.exp(min(bound, 700)):.2f}"
     if meta["tokenizer"] == "char":
         return text + f", {bound / math.log(2):.4f} bits per character"
     size = meta.get("bytes", {}).get(split)  # of the original text
@@ -535,7 +536,7 @@ def train(o, explicit):
         bound = evaluation(bar=main)
         if main:
             name = o.init_from if weights else f"step {start}"
-            print(f"{name}: {describe(*bound, data.meta, o.eval_split)}")
+            print(f"{name}: {describe(model, *bound, data.meta, o.eval_split)}")
         return
 
     compiled = o.compile == "True" or o.compile == "auto" and o.max_steps - start >= 500 and can_compile(device)
@@ -631,7 +632,7 @@ def train(o, explicit):
             bound, error = evaluation()
             record |= {"val_bound": bound, "val_error": error}
             if main:
-                bar.write(f"step {done}: {o.eval_split} {describe(bound, error, data.meta, o.eval_split)}")
+                bar.write(f"step {done}: {o.eval_split} {describe(model, bound, error, data.meta, o.eval_split)}")
                 if tokenizer:
                     bar.write(sample_line(ema, tokenizer, o.seed, device, dtype))
             clock += time.perf_counter() - paused

@@ -1,7 +1,7 @@
 """Four systems on the same work: python tests/experiments.py train|quality|infill|draw|tables
 
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
-tokens, optimisers and parameters (of which GPT, without noise, leaves a sixth idle). Run
+tokens, optimisers and parameters (of which a sixth gives GPT, without noise, constants only). Run
 `python prepare.py shakespeare_char` and `python prepare.py` first.
 
 train     every training: for each system the best of three learning rates, chosen by validation in runs of a fifth of

@@ -73,7 +73,7 @@ def read_stream(stream, word):
 
 
 def printed_bound(done):
-    bound, error = re.search(r": bound (\S+) ± (\S+) nats", works(done).stdout).groups()
+    bound, error = re.search(r": (?:bound|nll) (\S+) ± (\S+) nats", works(done).stdout).groups()
     return float(bound), float(error)
 
 
@@ -96,7 +96,9 @@ def put_checkpoint(home, out, change):
 def test_a_fresh_model_knows_nothing(home, options):
     """All its scores are equal: it needs log(vocab) nats for a token."""
     args = [*TINY, *options.split(), "--eval_only", "--eval_sequences=64", "--eval_times=16"]
-    bound, error = printed_bound(call("train.py", *args, cwd=home))
+    done = call("train.py", *args, cwd=home)
+    assert ("perplexity ≤ " in done.stdout) == ("bound" in done.stdout) == ("causal" not in options)
+    bound, error = printed_bound(done)
     vocab_size = json.loads((home / "data/pydocs/meta.json").read_text())["vocab_size"]
     assert bound == pytest.approx(math.log(vocab_size), abs=3 * error + 1e-4)
     assert error < bound / 50
