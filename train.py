@@ -53,13 +53,13 @@ class Options:
     dropout: float = 0.0  # on the branches of the blocks
     # optimisation
     times: Literal["uniform", "logit_normal"] = "logit_normal"  # draws of t: the paper's, or more around 1/2
-    max_steps: int = 2000  # optimiser steps
+    max_steps: int = 1250  # optimiser steps
     batch_size: int = 32  # sequences a step, over all processes and micro-batches
     micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
-    learning_rate: float = 6e-3  # of both, after the warm-up
-    warmup_steps: int = 100  # steps of linear growth from 0
-    decay_lr: bool = True  # fall along a cosine to 0 at max_steps, else stay constant
+    learning_rate: float = 1.2e-2  # of both, after the warm-up
+    warmup_steps: int = 50  # steps of linear growth from 0
+    decay_lr: Literal["linear", "cosine", "none"] = "linear"  # how it falls to 0 at max_steps
     weight_decay: float = 0.0  # of both optimisers
     beta2: float = 0.98  # memory of AdamW for the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
@@ -372,8 +372,9 @@ def make_optimizers(model, o):
 
 def learning_rate(o, step):
     warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
-    progress = max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps))
-    return o.learning_rate * warm * (0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if o.decay_lr else 1.0)
+    progress = min(1.0, max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)))
+    left = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "none": 1.0}[o.decay_lr]
+    return o.learning_rate * warm * left
 
 
 def catch_signals(main):

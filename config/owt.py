@@ -16,7 +16,7 @@ optimizer = "adamw"
 learning_rate = 3e-4
 beta2 = 0.999
 warmup_steps = 2500
-decay_lr = False
+decay_lr = "none"
 grad_clip = 1.0
 ema = 0.9999
 

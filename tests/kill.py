@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 # a constant learning rate: the weights after n steps do not depend on the number of steps that were planned
 ARGS = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--cond_dim=16", "--block_size=32", "--batch_size=4",
-        "--dropout=0.1", "--decay_lr=False", "--warmup_steps=5", "--save_interval=3", "--eval_interval=7",
+        "--dropout=0.1", "--decay_lr=none", "--warmup_steps=5", "--save_interval=3", "--eval_interval=7",
         "--eval_sequences=4", "--eval_times=2", "--device=cpu", "--compile=False"]  # fmt: skip
 
 

@@ -333,7 +333,7 @@ def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_resume_in_a_new_process_gives_the_same_bits(home):
-    args = [*TINY, "--dropout=0.1", "--decay_lr=False", "--warmup_steps=5", "--log_interval=4"]
+    args = [*TINY, "--dropout=0.1", "--decay_lr=none", "--warmup_steps=5", "--log_interval=4"]
     works(run("train.py", *args, "--max_steps=20", "--out_dir=straight", cwd=home))
     works(run("train.py", *args, "--max_steps=10", "--out_dir=halves", cwd=home))
     works(run("train.py", "--init_from=resume", "--max_steps=20", "--out_dir=halves", cwd=home))
@@ -521,7 +521,8 @@ BAD = {
         ("--learning_rate=abc", "learning_rate", "a number", "'abc'"),
         ("--max_steps=1e6", "max_steps", "a whole number", "'1e6'"),
         ("--n_layer=2.5", "n_layer", "a whole number", "'2.5'"),
-        ("--decay_lr=perhaps", "decay_lr", "True or False", "'perhaps'"),
+        ("--decay_lr=perhaps", "decay_lr", "linear, cosine, none", "'perhaps'"),
+        ("--eval_only=perhaps", "eval_only", "True or False", "'perhaps'"),
         ("--dtype=foo", "dtype", "auto, bfloat16, float32", "'foo'"),
         ("--graph=none", "graph", "absorb, uniform", "'none'"),
         ("--compile=maybe", "compile", "auto, True, False", "'maybe'"),

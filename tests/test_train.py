@@ -183,6 +183,13 @@ def test_start_weights_that_do_not_fit(home, line, words):
     assert files(home) == before
 
 
+@pytest.mark.parametrize("decay, quarter, end", [("linear", 0.75, 0), ("cosine", 0.5 + 0.125**0.5, 0), ("none", 1, 1)])
+def test_the_learning_rate_rises_and_falls(decay, quarter, end):
+    o = train.Options(learning_rate=2.0, warmup_steps=10, max_steps=110, decay_lr=decay)
+    found = [train.learning_rate(o, step) for step in (0, 4, 9, 10, 35, 110, 200)]
+    assert found == pytest.approx([0.2, 1, 2, 2, 2 * quarter, 2 * end, 2 * end])
+
+
 def test_each_optimiser_has_its_parameters(home):
     """Muon orthogonalises: in its first step the singular values, but for the smallest, are those of AdamW's size."""
     model = sedd.SEDD(sedd.SEDDConfig(7, 8, 2, 2, 32, 16))
@@ -244,7 +251,7 @@ def test_no_checkpoint_before_a_finite_step(home):
 
 
 def test_sigterm_ends_the_step_and_loses_nothing(home):
-    args = [*TINY, "--dropout=0.1", "--log_interval=1", "--save_interval=100000", "--decay_lr=False"]
+    args = [*TINY, "--dropout=0.1", "--log_interval=1", "--save_interval=100000", "--decay_lr=none"]
     process = launch(home, *args, "--max_steps=100000", "--out_dir=termed")
     log = home / "termed/log.jsonl"
     wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 5, process)
@@ -285,7 +292,7 @@ def test_training_does_not_depend_on_its_output(home, shell):
 
 
 def test_auto_starts_and_goes_on(home):
-    args = [*TINY, "--decay_lr=False", "--save_interval=2"]
+    args = [*TINY, "--decay_lr=none", "--save_interval=2"]
     works(call("train.py", *args, "--max_steps=6", "--out_dir=straight", cwd=home))
     for max_steps in 4, 6:
         works(call("train.py", *args, f"--max_steps={max_steps}", "--init_from=auto", "--out_dir=auto", cwd=home))
