@@ -59,7 +59,7 @@ class Options:
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
     learning_rate: float = 1.2e-2  # of both, after the warm-up
     warmup_steps: int = 50  # steps of linear growth from 0
-    decay_lr: Literal["linear", "cosine", "none"] = "linear"  # how it falls to 0 at max_steps
+    decay_lr: Literal["linear", "cosine", "none"] = "linear"  # how it then falls to 0 at max_steps; none: not
     weight_decay: float = 0.0  # of both optimisers
     beta2: float = 0.98  # memory of AdamW for the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any

@@ -358,9 +358,7 @@ def tables(a):
                      *(f"**{bound:.3f}**" if bound == min(searched) else f"{bound:.3f}" for bound in searched),
                      f"{statistics.mean(found):.3f}{spread}" if found else "", len(found),
                      pydocs])  # fmt: skip
-    heads = ["system", "times", *(f"rate {rate:g}" for rate in RATES), f"test, {STEPS} steps", "seeds", "test, pydocs"]
-    done = [i for i in range(len(heads)) if any(row[i] for row in rows)]
-    table([heads[i] for i in done], [[row[i] for i in done] for row in rows])
+    table(["system", "times", *(f"rate {rate:g}" for rate in RATES), f"test, {STEPS} steps", "seeds", "test, pydocs"], rows)
 
     found = {(r["system"], r.get("sampler"), r.get("steps")): r for r in measurements("quality.jsonl")}
     ends = {title: found.get((name, None, None), {}) for title, name in (("GPT", "gpt"), ("held-out text", "corpus"))}
