@@ -110,21 +110,20 @@ def load_judge(name, device):
     read, the beginning counts. No code from the model's repository runs, and no pickle but plain weights.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        import transformers
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        model, report = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        plain = {"trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **plain)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **plain, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"no weights for {min(report['missing_keys'])}")
         if len(tokenizer) < model.config.vocab_size / 2:  # where its files are missing, one of no words comes
             raise ValueError("no tokenizer")
-    except ImportError as error:
-        fail(f"--judge needs more packages: pip install -e '.[judge]' ({error})")
-    except Exception as error:  # each broken file has its own
-        fail(f"judge={name!r} is no causal language model that transformers can load: {repr(error)[:200]}")
+    except Exception as error:  # each missing package and broken file has its own
+        fail(f"judge={name!r} is no causal language model that transformers (pip install -e '.[judge]') can load: "
+             f"{repr(error)[:200]}")  # fmt: skip
     model.to(device).float().eval()
 
     def perplexity(texts):
@@ -148,9 +147,8 @@ def main():
     o = Options(**explicit)
     newest = max(glob.glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime, default="out/ckpt.pt")
     start = o.init_from or o.out_dir or os.path.dirname(newest)
-    checkpoint = os.path.join(start, "ckpt.pt")
-    if not o.init_from and not os.path.isfile(checkpoint):
-        load_checkpoint(checkpoint)  # says what to do; out_dir never means the hub
+    if not o.init_from and not os.path.isfile(f"{start}/ckpt.pt"):
+        load_checkpoint(f"{start}/ckpt.pt")  # says what to do; out_dir never means the hub
     device = find_device(o.device)
     model, meta = load_model(start)
     if meta is None:
@@ -170,12 +168,13 @@ def main():
     pieces = pieces_of(prompt, model.config.block_size)
     size = max(1, BATCH // min(len(prompt), model.config.block_size))
     batches = torch.tensor(prompt, device=device).expand(o.num_samples, -1).split(size)
-    total = len(batches) * (prompt.count(-1) if model.exact else o.steps * len(pieces))
-    watch, written, began = o.watch and sys.stdout.isatty(), [], time.monotonic()
-    smooth = {"file": sys.stdout, "mininterval": 1 / 25} if watch else {}
+    steps = prompt.count(-1) if model.exact else o.steps * len(pieces)
+    written, began = [], time.monotonic()
+    watch = o.watch and sys.stdout.isatty()
+    place = {"file": sys.stdout, "mininterval": 1 / 25} if watch else {}
     try:
         with (
-            progress(total=total, unit="step", leave=False, delay=0.5, **smooth) as bar,
+            progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, **place) as bar,
             watching(bar, tokenizer) if watch else contextlib.nullcontext(lambda step, _: bar.update(step > 0)) as show,
             autocast(device, find_dtype(o.dtype, device)),
         ):
@@ -188,9 +187,8 @@ def main():
         texts = [tokenizer.decode(tokens) for tokens in written]
         output = ("\n\n" + "-" * 80 + "\n").join(texts)
         print(UNSAFE.sub("\ufffd", output) if sys.stdout.isatty() else output, end="\n" * bool(texts))
-    way = "a token a step" if model.exact else f"{o.steps} steps of {o.sampler}" + " a piece" * (len(pieces) > 1)
-    print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: {way}, "
-          f"{checkpoint if os.path.isfile(checkpoint) else start}", file=sys.stderr)  # fmt: skip
+    print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: "
+          f"{steps} steps of {'GPT' if model.exact else o.sampler}, model from {start}", file=sys.stderr)  # fmt: skip
     if judge:
         print(f"perplexity {judge(texts):.2f} by {o.judge}, unigram entropy "
               f"{unigram_entropy(torch.tensor(written)):.2f} nats (repetition lowers both)", file=sys.stderr)  # fmt: skip

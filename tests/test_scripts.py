@@ -173,7 +173,7 @@ def test_from_nothing_to_text(beginning):
     vocab = json.loads((home / "data/pydocs/meta.json").read_text())["vocab"]
     assert sampled.stdout.endswith("\n") and len(sampled.stdout) == L + 1
     assert set(sampled.stdout[:-1]) <= set(vocab)
-    assert re.fullmatch(r"1 text of 32 tokens in .* s: 8 steps of tweedie, out/ckpt.pt\n", sampled.stderr)
+    assert re.fullmatch(r"1 text of 32 tokens in .* s: 8 steps of tweedie, model from out\n", sampled.stderr)
 
 
 def test_log_has_a_line_for_each_interval(home):
