@@ -51,12 +51,11 @@ def build_prompt(o, tokenizer, block_size):
         raise ValueError("--infill gives the whole text: it goes without --prefix, --suffix and --length")
     parts = re.split(r"\{(\d+)\}", o.infill)  # text, tokens of a gap, text, ..., text
     kept = [tokenizer.encode(text) for text in (parts[::2] if o.infill else (o.prefix, o.suffix))]
-    size, length = sum(map(len, kept)), o.length or block_size
-    gaps = [int(number) for number in parts[1::2]] if o.infill else [length - size]
-    if sum(gaps) < 0:
-        raise ValueError(f"the prompt has {size} tokens, more than the length {length}: shorten it or raise --length")
-    if sum(gaps) == 0:
-        raise ValueError("the prompt leaves nothing to generate: mark gaps, as in --infill 'A {20} is used to {30}.'")
+    size = sum(map(len, kept))
+    gaps = [int(number) for number in parts[1::2]] if o.infill else [(o.length or block_size) - size]
+    if sum(gaps) < 1:
+        raise ValueError(f"{size} tokens of the prompt leave nothing to generate in a text of length {size + sum(gaps)}: "
+                         "raise --length, or mark gaps, as in --infill 'A {20} is used to {30}.'")  # fmt: skip
     if sum(gaps) > LONGEST:
         raise ValueError(f"at most {LONGEST:,} tokens of a text can be generated: ask for fewer")
     return kept[0] + [token for gap, text in zip(gaps, kept[1:]) for token in [-1] * gap + text]

@@ -284,7 +284,7 @@ GAPS, KNOWN = st.integers(-1, 40).map("{{{}}}".format), st.text(st.sampled_from(
 PIECES = st.lists(TEXTS | KNOWN | GAPS, max_size=6) | st.lists(KNOWN | st.sampled_from(["{1}", "{5}"]), max_size=6)
 
 
-def kept(pieces, text):
+def kept_in_order(pieces, text):
     """Whether the pieces are in the text, in their order, the first at its beginning and the last at its end."""
     return re.fullmatch(".*".join(map(re.escape, pieces)), text, re.DOTALL)
 
@@ -302,7 +302,7 @@ def test_any_infill(model, home, pieces):
     if done.returncode:
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.split("\n")) == 2, done.stderr
     elif infill and not re.search("[\ud800-\udfff]", infill):  # GPT-2's tokens have none of these
-        assert kept(re.split(r"\{\d+\}", infill), done.stdout[:-1])
+        assert kept_in_order(re.split(r"\{\d+\}", infill), done.stdout[:-1])
 
 
 @example("", "")
@@ -315,7 +315,45 @@ def test_any_prefix_and_suffix(home, prefix, suffix):
         assert set(prefix + suffix) - set(VOCAB) or len(prefix + suffix) >= 32
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.split("\n")) == 2, done.stderr
     else:
-        assert len(done.stdout[:-1]) == 32 and kept([prefix, suffix], done.stdout[:-1])
+        assert len(done.stdout[:-1]) == 32 and kept_in_order([prefix, suffix], done.stdout[:-1])
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A folder with a model of byte-level tokens learned from English text, and the tokenizer of these."""
+    home = tmp_path_factory.mktemp("learned")
+    (home / "some.txt").write_text("the cat sat on the mat, and the rat ate the hat. " * 50)
+    works(call("prepare.py", "some", "--input=some.txt", "--tokenizer=bpe", "--vocab_size=280", cwd=home))
+    meta = json.loads((home / "data/some/meta.json").read_text())
+    save(home / "bytes", random_model(vocab_size=meta["vocab_size"]), meta)
+    return home, prepare.Tokenizer(meta)
+
+
+def test_a_text_that_the_tokens_were_not_learned_from_is_kept(learned):
+    home, tokenizer = learned
+    prefix, suffix = "你好，世界！🙂 the cat 👩‍🚀 ", " 再见🎉\n"
+    assert len(tokenizer.encode(prefix)) > 32  # more than a block
+    for length in 60, 100:
+        text = write(
+            home, "--out_dir=bytes", "--steps=2", f"--prefix={prefix}", f"--suffix={suffix}", f"--length={length}"
+        )
+        assert text.startswith(prefix) and text.endswith(suffix) and len(text) > len(prefix + suffix)
+    assert "\ufffd" in text  # an untrained model writes bytes that form no character
+
+
+def test_infilling_counts_tokens(learned):
+    home, tokenizer = learned
+    done = works(call("sample.py", "--out_dir=bytes", "--steps=2", "--infill=the cat{7}日本{2}🙂", cwd=home))
+    kept = [len(tokenizer.encode(text)) for text in ("the cat", "日本", "🙂")]
+    assert kept[0] < 7 and done.stderr.startswith(f"1 text of {sum(kept) + 9} tokens ")
+    assert kept_in_order(["the cat", "日本", "🙂"], done.stdout[:-1])
+
+
+def test_bytes_that_form_no_character_break_no_terminal(learned):
+    terminal = Terminal(learned[0], "--watch=False", "--out_dir=bytes", "--steps=2", "--num_samples=20")
+    assert terminal.end() == 0
+    texts = terminal.written.replace("\r\n", "\n")
+    assert "\ufffd" in texts and not [c for c in texts if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the judge
