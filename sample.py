@@ -62,14 +62,17 @@ def build_prompt(o, tokenizer, block_size):
 
 
 def pieces_of(prompt, block_size):
-    """The slices in which a text is written, each of a block, whose first half is the last half of the one before."""
+    """The slices, a block long, in which a text is written: each begins with the last half of the one before.
+
+    One that would have nothing new to write is left out.
+    """
     half = block_size // 2
     starts = range(0, max(1, len(prompt) - half), block_size - half)
     return [slice(i, i + block_size) for i in starts if -1 in prompt[i + half * (i > 0) : i + block_size]]
 
 
 def write(model, prompt, pieces, steps, sampler, show):
-    """prompt (B, N) -> tokens (B, N). show(step, x) sees the first text, up to the end of the piece in work."""
+    """prompt (B, N) -> tokens (B, N). show(step, x) sees the first text up to the end of the piece being written."""
     x = prompt.clone()
     for piece in pieces:
         before = x[0, : piece.start]
@@ -81,9 +84,9 @@ def write(model, prompt, pieces, steps, sampler, show):
 
 @contextlib.contextmanager
 def watching(bar, tokenizer, least_seconds=6.0):
-    """Gives a `show` for `write`: the text above the bar, on a screen of its own, a dot for each token still to come.
+    """Gives a `show` for `write` that draws the text above the bar, with a dot for each token still to come.
 
-    It waits where the model is too fast for the eye, and leaves out frames as the bar does.
+    It waits where the model is too fast for the eye, and draws only when the bar does.
     """
 
     def show(step, x):
@@ -170,10 +173,10 @@ def main():
     steps = prompt.count(-1) if model.exact else o.steps * len(pieces)
     written, began = [], time.monotonic()
     watch = o.watch and sys.stdout.isatty()
-    place = {"file": sys.stdout, "mininterval": 1 / 25} if watch else {}
+    look = {"file": sys.stdout, "mininterval": 1 / 25, "delay": 1 / 25} if watch else {"delay": 0.5}
     try:
         with (
-            progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, **place) as bar,
+            progress(total=steps * len(batches), unit="step", leave=False, **look) as bar,
             watching(bar, tokenizer) if watch else contextlib.nullcontext(lambda step, _: bar.update(step > 0)) as show,
             autocast(device, find_dtype(o.dtype, device)),
         ):
@@ -194,4 +197,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "a shorter --length")
+    run(main, "a smaller --num_samples or --length")
