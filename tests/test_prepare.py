@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_scripts import ROOT, call, complains, files, run, works
 
 import prepare
@@ -55,37 +57,11 @@ def read(folder):
     return meta, splits
 
 
-# Rows as each set has them, and the text that a model is to read.
-ROWS = {
-    "owt": [("One page.\n\nIts second paragraph — naïve.\n", "One page.\n\nIts second paragraph — naïve.\n")],
-    "wikitext2": [
-        ("", ""),
-        (" = Robert <unk> = \n", "= Robert <unk> =\n"),
-        (" = = Early life = = \n", "== Early life ==\n"),
-        (" = = = At 3 @.@ 5 litres = = = \n", "=== At 3.5 litres ===\n"),
-        (' The 18 @-@ gun ship ( 1 @,@ 234 tons ) didn \'t sail : the crew said " No . " , he wrote ; why ? \n',
-         'The 18-gun ship (1,234 tons) didn\'t sail: the crew said "No.", he wrote; why?\n'),
-        (" The players ' union ( 1990 – 1995 , see [ 3 ] ) paid $ 5 to Hood 's band . \n",
-         "The players' union (1990 – 1995, see [3]) paid $5 to Hood's band.\n"),
-    ],
-    "ptb": [
-        ("mr. <unk> said the company 's shares did n't rise N N to $ N billion",
-         "mr. <unk> said the company's shares didn't rise 1 1 to $1 billion"),
-        ("the workers ' union wo n't pay # N in the u.s. or NATO",
-         "the workers' union won't pay #1 in the u.s. or NATO"),
-    ],
-    "lambada": [
-        (" “ I don’t know , ” he said .\nThen she left with the dog ",
-         '\n" I don\'t know , " he said .\nThen she left with the dog'),
-    ],
-    "lm1b": [
-        ('" It \'s a fine day , " said Mr. Smith ( Reuters ) - " Is it ? " he asked .',
-         '"It\'s a fine day," said Mr. Smith (Reuters) - "Is it?" he asked.'),
-        ("He said : ' it 's over ' and \" I read ' no ' \" .", "He said: 'it's over' and \"I read 'no'\"."),
-        ("They didn 't pay £ 5m or 7 % -- the Bulls ' coach said : no !",
-         "They didn't pay £5m or 7% -- the Bulls' coach said: no!"),
-    ],
-}  # fmt: skip
+# Rows in the style of each set, made up, and what the loaders of the paper's authors make of them.
+ROWS = {"owt": [("One page.\n\nIts second paragraph — naïve.\n", "One page.\n\nIts second paragraph — naïve.\n")]}
+for line in (Path(__file__).parent / "data/protocol.jsonl").read_text(encoding="utf-8").splitlines():
+    fields = json.loads(line)
+    ROWS.setdefault(fields["set"], []).append((fields["row"], fields["text"]))
 ROWS["wikitext103"] = ROWS["wikitext2"]
 SPLITS = {
     "owt": ["train"], "lambada": ["test"], "lm1b": ["train", "test"],
@@ -96,7 +72,43 @@ SPLITS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_detokenizer(name):
     for row, text in ROWS[name]:
-        assert prepare.SETS[name].detokenize(row) == text
+        assert prepare.detokenize(row, prepare.SETS[name].rules) == text
+
+
+@pytest.mark.parametrize(
+    "name, row, text",
+    [
+        ("wikitext2", "on 5 @,@ @-@ 6 and = = = = = Five = = = = =", "on 5 @,@-6 and ===== Five ====="),
+        ("wikitext2", "N N N ( a ( b ) c ) /' 7/ it 's \n x", "N 1 N (a ( b) c ) /'[0-9]/ it's\nx"),
+        ("wikitext2", 'a \' ( b \' ) " c " " d', 'a \'(b\') "c" " d'),
+        ("ptb", "N N N N rose $ N \\/ N \\/ N", "N 1 1 1 rose $1 / 1 / N"),
+        ("ptb", "its ' own and N 's", "its' own and N's"),
+        ("lm1b", 'It was 5 . He \'s " a ( b ) " ? No . . ', 'It was 5. He\'s "a (b)"? No. . '),
+        ("lm1b", "See https : / / a.org / b ! \n", "See https://a.org/b! \n"),
+    ],
+)
+def test_detokenizer_where_rules_meet(name, row, text):
+    """Rows on which the order of the rules shows."""
+    assert prepare.detokenize(row, prepare.SETS[name].rules) == text
+
+
+DETOKENIZED = [name for name in ROWS if name != "owt"]
+
+
+MARKS = "s n't N $ # <unk> \\/ ( ) [ ] { } \" ' = \n @-@ , .".split(" ")
+
+
+@given(text=st.text() | st.lists(st.sampled_from(MARKS)).map(" ".join))
+@settings(deadline=None)
+def test_any_text_passes(text):
+    for name in DETOKENIZED:
+        assert isinstance(prepare.detokenize(text, prepare.SETS[name].rules), str)
+
+
+@given(text=st.text(st.characters(exclude_characters="\"'()[]{}=@N$£#<\\°“”:;.!?,/\n")))
+def test_text_without_their_marks_is_left_alone(text):
+    for name in DETOKENIZED:
+        assert prepare.detokenize(text, prepare.SETS[name].rules) == ("\n" + text.strip() if name == "lambada" else text)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
