@@ -54,8 +54,8 @@ def build_prompt(o, tokenizer, block_size):
     size = sum(map(len, kept))
     gaps = [int(number) for number in parts[1::2]] if o.infill else [(o.length or block_size) - size]
     if sum(gaps) < 1:
-        raise ValueError(f"{size} tokens of the prompt leave nothing to generate in a text of length {size + sum(gaps)}: "
-                         "raise --length, or mark gaps, as in --infill 'A {20} is used to {30}.'")  # fmt: skip
+        raise ValueError(f"{size} tokens of the prompt leave nothing to generate in a text of length {size + sum(gaps)}"
+                         ": raise --length, or mark gaps, as in --infill 'A {20} is used to {30}.'")  # fmt: skip
     if sum(gaps) > LONGEST:
         raise ValueError(f"at most {LONGEST:,} tokens of a text can be generated: ask for fewer")
     return kept[0] + [token for gap, text in zip(gaps, kept[1:]) for token in [-1] * gap + text]
@@ -83,26 +83,30 @@ def write(model, prompt, pieces, steps, sampler, show):
 
 
 @contextlib.contextmanager
-def watching(bar, tokenizer, least_seconds=6.0):
-    """Gives a `show` for `write` that draws the text above the bar, with a dot for each token still to come.
+def showing(total, tokenizer, watch):
+    """Gives a `show` for `write`: a bar that is gone when the texts come, and to watch, the first text above it.
 
-    It waits where the model is too fast for the eye, and draws only when the bar does.
+    A dot is a token still to come. A model too fast for the eye is slowed down, and frames that would be too many left out.
     """
+    look = {"file": sys.stdout, "delay": 1 / 25, "mininterval": 1 / 25} if watch else {"delay": 0.5}
+    least_seconds = 6 if watch else 0
+    with progress(total=total, unit="step", leave=False, **look) as bar:
 
-    def show(step, x):
-        due = bar.start_t + least_seconds * (bar.n + (step > 0)) / bar.total
-        time.sleep(max(0.0, due - time.time()))
-        if bar.update(step > 0) or bar.n in (0, bar.total):
-            runs = itertools.groupby(x.tolist(), lambda token: 0 <= token < tokenizer.vocab_size)
-            text = "".join(tokenizer.decode(list(run)) if known else "·" * len(list(run)) for known, run in runs)
-            print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text) + "\n\033[999H", end="", flush=True)
-            bar.refresh()
+        def show(step, x):
+            due = bar.start_t + least_seconds * (bar.n + (step > 0)) / total
+            time.sleep(max(0.0, due - time.time()))
+            drawn = bar.update(step > 0)
+            if watch and (drawn or bar.n in (0, total)):
+                runs = itertools.groupby(x.tolist(), lambda token: 0 <= token < tokenizer.vocab_size)
+                text = "".join(tokenizer.decode(list(run)) if known else "·" * len(list(run)) for known, run in runs)
+                print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text) + "\n\033[999H", end="", flush=True)
+                bar.refresh()
 
-    print("\033[?1049h\033[?25l", end="")  # a second screen, without a cursor
-    try:
-        yield show
-    finally:
-        print("\033[?25h\033[?1049l", end="", flush=True)
+        try:
+            print("\033[?1049h\033[?25l" if watch else "", end="")  # the second screen, without a cursor
+            yield show
+        finally:
+            print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)
 
 
 def load_judge(name, device):
@@ -172,14 +176,9 @@ def main():
     batches = torch.tensor(prompt, device=device).expand(o.num_samples, -1).split(size)
     steps = prompt.count(-1) if model.exact else o.steps * len(pieces)
     written, began = [], time.monotonic()
-    watch = o.watch and sys.stdout.isatty()
-    look = {"file": sys.stdout, "mininterval": 1 / 25, "delay": 1 / 25} if watch else {"delay": 0.5}
     try:
-        with (
-            progress(total=steps * len(batches), unit="step", leave=False, **look) as bar,
-            watching(bar, tokenizer) if watch else contextlib.nullcontext(lambda step, _: bar.update(step > 0)) as show,
-            autocast(device, find_dtype(o.dtype, device)),
-        ):
+        view = showing(steps * len(batches), tokenizer, o.watch and sys.stdout.isatty())
+        with view as show, autocast(device, find_dtype(o.dtype, device)):
             for batch in batches:
                 x = write(model, batch, pieces, o.steps, o.sampler, show)
                 if x.max() >= tokenizer.vocab_size:
@@ -192,8 +191,9 @@ def main():
     print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: "
           f"{steps} steps of {'GPT' if model.exact else o.sampler}, model from {start}", file=sys.stderr)  # fmt: skip
     if judge:
-        print(f"perplexity {judge(texts):.2f} by {o.judge}, unigram entropy "
-              f"{unigram_entropy(torch.tensor(written)):.2f} nats (repetition lowers both)", file=sys.stderr)  # fmt: skip
+        perplexity, entropy = judge(texts), unigram_entropy(torch.tensor(written))
+        print(f"perplexity {perplexity:.2f} by {o.judge}, unigram entropy {entropy:.2f} nats (repetition lowers both)",
+              file=sys.stderr)  # fmt: skip
 
 
 if __name__ == "__main__":
