@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -210,11 +209,11 @@ def check_finite(*parts):
 
 
 class State:
-    """What training changes and a checkpoint keeps: the weights, their average, what the optimisers remember, the step.
+    """What training changes and a checkpoint keeps: weights, their average, what the optimisers remember, the step.
 
-    The optimiser is AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks, and AdamW for the
-    rest. Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal,
-    so that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
+    The optimiser is AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks, and AdamW for
+    the rest. AdamW scales each number of its mean gradient by itself. Muon makes that of a matrix nearly orthogonal, so
+    that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
 
     def __init__(self, model, o, dtype=torch.float32):
@@ -222,10 +221,11 @@ class State:
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
         named = model.blocks.named_parameters() if o.optimizer == "muon" else []
         matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
-        rest, options = [p for p in model.parameters() if p not in matrices], {"lr": 0.0, "weight_decay": o.weight_decay}
-        self.optimizers = {"adamw": torch.optim.AdamW(rest, betas=(0.9, o.beta2), fused=True, **options)}
+        rest = [p for p in model.parameters() if p not in matrices]
+        decay = o.weight_decay
+        self.optimizers = {"adamw": torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=decay, fused=True)}
         if matrices:
-            self.optimizers["muon"] = torch.optim.Muon([*matrices], adjust_lr_fn="match_rms_adamw", **options)
+            self.optimizers["muon"] = torch.optim.Muon([*matrices], 0.0, decay, adjust_lr_fn="match_rms_adamw")
 
     def update(self, lr, ema):
         """One step of the optimisers, with the gradients that there are, and of the average."""
@@ -240,13 +240,13 @@ class State:
     def save(self, path, o, meta):
         """Write to another name and rename: whenever the machine stops, `path` is a whole checkpoint.
 
-        Returns whether it is saved. If not (full disk, numbers that are not finite), it says why, and `path` is what it was.
+        Returns whether it is saved. If not (a full disk, numbers that are not finite) it says why, and `path` stays.
         """
         scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
         checkpoint = {
-            "model": self.model.state_dict(), "ema": self.average.state_dict(), "step": self.step,
-            "scaler": self.scaler.state_dict(),
+            "step": self.step, "model": self.model.state_dict(), "ema": self.average.state_dict(),
             "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
+            "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
         }  # fmt: skip
         try:
@@ -289,24 +289,28 @@ class Data:
 
     def __init__(self, o):
         folder = self.folder = Path(o.data_dir) / o.dataset
-        self.splits, self.block_size = {}, o.block_size
+        self.splits, self.bytes = {}, {}
         try:
-            if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # GPT-2's tokens, as nanoGPT has them
-                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": {}}
+            if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # nanoGPT's, of GPT-2's tokens
+                sizes = {path.stem: path.stat().st_size // 2 for path in folder.glob("*.bin")}
+                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": sizes}
             else:
                 self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size = self.meta["vocab_size"]
             for name in [o.eval_split] if o.eval_only else ["train", o.eval_split]:
-                tokens = self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
-                if len(tokens) != self.meta["sizes"].get(name, len(tokens)):
+                self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
+                if len(self.splits[name]) != self.meta["sizes"][name]:
                     raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
+                # of the original text, in a token; 0 where nothing tells
+                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / self.meta["sizes"][name]
         except Exception as error:
             why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
             fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
+        shortest = min(map(len, self.splits.values()))
         for name, tokens in self.splits.items():
             if len(tokens) < o.block_size:
                 fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
-                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")
+                     f"try --block_size={max(1, shortest // 2)}, or a longer text")  # fmt: skip
 
     def checked(self, x0):
         """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
@@ -332,24 +336,17 @@ class Data:
         return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
 
 
-def feed(o, data, model, start, device):
-    """This process's share of the batch of each step: a part of every noise level, for the times are spread over a batch.
+def micro_batches(data, o, step, model, device, count):
+    """This process's share of a step's batch, as `count` tuples (x0, t, x), in pinned memory for CUDA.
 
-    On CUDA a thread makes the next one ready, in pinned memory, while the GPU works.
+    It is every WORLD-th sequence, and a micro-batch every count-th of these. As the times are spread over the batch,
+    each has its part of every noise level, and none of them more work than the others.
     """
-
-    def share(step):
-        batch = [tensor[RANK::WORLD] for tensor in data.batch(o, step, model)]
-        return [tensor.pin_memory() for tensor in batch] if device.type == "cuda" else batch
-
-    if device.type != "cuda":
-        yield from map(share, range(start, o.max_steps))
-        return
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(share, start)
-        for step in range(start, o.max_steps):
-            batch, ahead = ahead.result(), pool.submit(share, step + 1)
-            yield batch
+    places = [slice(RANK + i * WORLD, None, count * WORLD) for i in range(count)]
+    batch = data.batch(o, step, model)
+    if device.type == "cuda":
+        return [[tensor[place].contiguous().pin_memory() for tensor in batch] for place in places]
+    return [[tensor[place] for tensor in batch] for place in places]
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -364,8 +361,8 @@ def evaluate(model, data, o, device, dtype, tell=False):
     blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
     rows = np.unique(np.linspace(0, len(blocks) - 1, o.eval_sequences or len(blocks)).astype(int))
     if tell:
-        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} times; "
-              f"dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
+        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} "
+              f"times; dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
     bounds = torch.zeros(len(rows), device=device)
     for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not tell)):
         if k % WORLD == RANK:
@@ -379,11 +376,10 @@ def evaluate(model, data, o, device, dtype, tell=False):
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
-def describe(model, bound, error, meta, split):
+def describe(model, bound, error, bytes_per_token):
     name, at_most = ("nll", "") if model.exact else ("bound", "≤ ")
     text = f"{name} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}{math.exp(min(bound, 700)):.2f}"
-    size = meta.get("bytes", {}).get(split)  # of the original text
-    return text + (f", {bound * meta['sizes'][split] / size / math.log(2):.4f} bits per byte" if size else "")
+    return text + (f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else "")
 
 
 def sample_line(model, tokenizer, seed, device, dtype):
@@ -414,9 +410,9 @@ def attention_kernel(model, device, dtype):
 
 
 def speed(o, model, seconds, device, dtype):
-    """What log.jsonl tells of a step that takes so many seconds; mfu is the share of the card's peak, where it is known.
+    """What log.jsonl tells of a step that takes so many seconds.
 
-    The operations counted are those that a step cannot do without: no logits where there is no loss.
+    mfu is the share of the card's peak, where it is known. Only such operations count as a step cannot do without.
     """
     tokens, c, peak = o.batch_size * o.block_size, model.config, None
     told = {"ms": round(1000 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
@@ -490,10 +486,10 @@ class Log:
 
 
 def begin(explicit):
-    """What init_from names: the options that it completes, its averaged model (None: fresh), its meta, and a checkpoint.
+    """What init_from means: options, completed by it, averaged model (None: fresh), meta, checkpoint to resume or None.
 
-    The checkpoint is one to go on with, or None. Process 0 decides whether there is one: the others may see an older
-    state of a shared disk. A restart by torchrun is like `auto`, for the first start has moved older ones away.
+    Process 0 decides whether one is resumed: the others may see an older state of a shared disk. A restart by torchrun
+    is like `auto`: the first start has moved the checkpoints of earlier runs away.
     """
     o, kept, checkpoint = Options(**explicit), {}, None
     path, restarts = Path(o.out_dir) / "ckpt.pt", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -525,7 +521,7 @@ def begin(explicit):
     return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
 
 
-def micro_batches(o):
+def count_micro_batches(o):
     """How many micro-batches a process takes for its share of a batch."""
     share, left = divmod(o.batch_size, WORLD)
     micro = max(1, min(o.micro_batch_size or share, share))
@@ -540,7 +536,7 @@ def main():
     if WORLD > 1:
         join_processes()
     o, trained, meta, checkpoint = begin(explicit)
-    count, device = micro_batches(o), find_device(o.device)
+    count, device = count_micro_batches(o), find_device(o.device)
     dtype, data, path = find_dtype(o.dtype, device), Data(o), Path(o.out_dir) / "ckpt.pt"
     if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
         fail(f"{path if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
@@ -557,7 +553,7 @@ def main():
         bound, error = evaluate(model.eval(), data, o, device, dtype, tell=RANK == 0)
         if RANK == 0:
             name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
-            print(f"{name}: {describe(model, bound, error, data.meta, o.eval_split)}")
+            print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
         status = 0
     else:
         state = State(model, o, dtype)
@@ -570,8 +566,8 @@ def main():
             model.compile()
         network = model
         if WORLD > 1:
-            torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two, to overlap what does so anyway
-            # its buffers are constants: none is to be sent around
+            torch._dynamo.config.optimize_ddp = False  # it cuts compiled blocks in two, but whole ones overlap as well
+            # the buffers are constants, which need not be sent around
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, dict(model.named_buffers()))
             network = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if log:
@@ -595,18 +591,19 @@ def train(o, data, state, network, log, count, device, dtype):
         log.write({"step": state.step, "options": asdict(o)})
     bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
     losses, seconds, skipped, in_a_row, stop, saved, caught = [], 0.0, 0, 0, 0, True, catch_signals()
-    batches = feed(o, data, model, state.step, device)
+    batch = micro_batches(data, o, state.step, model, device, count)
     for step in range(state.step, o.max_steps):
         began = time.perf_counter()
         torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
-        loss, batch = 0.0, next(batches)
-        for i in range(count):
-            x0, t, x = (tensor[i::count].to(device, non_blocking=device.type == "cuda") for tensor in batch)
+        loss = 0.0
+        for i, part in enumerate(batch):
+            x0, t, x = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in part)
             network.require_backward_grad_sync = i == count - 1
             with autocast(device, dtype), training_attention(device):
-                part = model.loss(x0, t, x, network).mean() / (count * o.block_size)
-            scaler.scale(part).backward()
-            loss += part.detach()
+                part_loss = model.loss(x0, t, x, network).mean() / (count * o.block_size)
+            scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        batch = micro_batches(data, o, step + 1, model, device, count)  # while a GPU is still busy with this one
         for optimizer in state.optimizers.values():
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
@@ -641,7 +638,8 @@ def train(o, data, state, network, log, count, device, dtype):
             bound, error = evaluate(state.average, data, o, device, dtype)
             record |= {f"{o.eval_split}_{'nll' if model.exact else 'bound'}": bound, f"{o.eval_split}_error": error}
             if log:
-                bar.write(f"step {state.step}: {o.eval_split} {describe(model, bound, error, data.meta, o.eval_split)}")
+                told = describe(model, bound, error, data.bytes[o.eval_split])
+                bar.write(f"step {state.step}: {o.eval_split} {told}")
             if log and tokenizer:
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
         bar.update()

@@ -413,7 +413,7 @@ def test_a_micro_batch_is_never_larger_than_the_share(home, monkeypatch):
     owt = train.Options(batch_size=512, micro_batch_size=32)
     for world, count in (1, 16), (8, 2), (16, 1), (32, 1), (512, 1):
         monkeypatch.setattr(train, "WORLD", world)
-        assert train.micro_batches(owt) == count
+        assert train.count_micro_batches(owt) == count
 
 
 def test_fine_tuning_with_another_length_and_dropout(home):
@@ -520,6 +520,104 @@ def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times)
         assert (1000 * even.sort()[0] - torch.arange(1000) - 0.5).abs().max() < 0.51
 
 
+# ------------------------------------------------------------------------------------------- many GPUs, and older ones
+
+
+def test_the_processes_share_the_noise_evenly(home, monkeypatch):
+    """Of the masked positions of a step the busiest of 4 processes has hardly more than its part: all wait for it."""
+    o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20, data_dir=str(home / "data"))
+    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, 128, 1, 2, 32, 16))
+    monkeypatch.setattr(train, "WORLD", 4)
+    masked = torch.zeros(4, 20)
+    for step in range(20):
+        whole = data.batch(o, step, model)
+        for rank in range(4):
+            monkeypatch.setattr(train, "RANK", rank)
+            parts = train.micro_batches(data, o, step, model, torch.device("cpu"), 2)
+            for i, part in enumerate(parts):
+                assert_same(part, [tensor[rank::4][i::2] for tensor in whole])
+            masked[rank, step] = sum((x == model.graph.mask_id).sum() for _, _, x in parts)
+    assert (masked.max(0).values <= 1.1 * masked.mean(0)).all()
+
+
+def test_weights_of_one_two_and_four_processes_agree(home):
+    args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
+            "--optimizer=adamw"]  # Muon counts in bfloat16 and makes much of a rounding  # fmt: skip
+    for count in 1, 2, 4:
+        works(run("train.py", *args, f"--out_dir=w{count}", cwd=home, launcher=[*TORCHRUN, f"--nproc-per-node={count}"]))
+    one = checkpoint(home / "w1")["model"]
+    for count in 2, 4:
+        many = checkpoint(home / f"w{count}")["model"]
+        assert max((many[name] - p).abs().max() for name, p in one.items()) < 1e-4
+
+
+def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
+    """A strided tensor would be copied through memory that is not pinned. (Without a GPU there is none to pin.)"""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    o = train.Options(**SIZES, data_dir=str(home / "data"))
+    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, L, 1, 2, 32, 16))
+    a, b = (train.micro_batches(data, o, 3, model, torch.device(name), 2) for name in ("cpu", "cuda"))
+    assert_same(a, b)
+    assert len(pinned) == 6 and all(tensor.is_contiguous() for tensor in pinned)
+
+
+def test_the_share_of_the_peak_is_told_where_it_is_known(monkeypatch):
+    """Worked out by hand: a weight of trunk and head takes 6 operations a token, attention 12 x layers x width x length."""
+    model, o = sedd.SEDD(sedd.SEDDConfig(99, 8, 2, 2, 32, 16)), train.Options(batch_size=4, block_size=8)
+    work = 4 * 8 * (6 * (2 * (12 * 32 * 32 + 5 * 32 + 2 * 32) + 100 * 32 / 2) + 12 * 2 * 32 * 8)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
+    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12, "Tesla T4": 65e12,
+             "NVIDIA L4": 121e12, "NVIDIA L40S": None, "NVIDIA GeForce RTX 4090": 165e12}  # fmt: skip
+    for name, peak in known.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        told = train.speed(o, model, work / 989e12 / 0.25, torch.device("cuda"), torch.bfloat16)
+        assert told["peak_gb"] == 12.35 and told.get("mfu") == (peak and pytest.approx(0.25 * 989e12 / peak, abs=1e-3))
+    assert train.speed(o, model, 0.5, torch.device("cpu"), torch.bfloat16) == {"ms": 500.0, "tokens_per_s": 64}
+
+
+def test_float16_ends_near_bfloat16(home):
+    bounds = {}
+    for dtype in "float16", "bfloat16":
+        args = [*TINY, f"--dtype={dtype}", "--max_steps=50", "--warmup_steps=5", "--eval_sequences=32", f"--out_dir={dtype}"]
+        assert f"in {dtype}, math attention" in works(call("train.py", *args, cwd=home)).stdout
+        bounds[dtype] = read_log(home / dtype)[-1]["val_bound"]
+    assert bounds["float16"] == pytest.approx(bounds["bfloat16"], abs=0.1)
+    assert checkpoint(home / "float16")["scaler"]["scale"] >= 1 and checkpoint(home / "bfloat16")["scaler"] == {}
+
+
+SCALER = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+
+
+def test_overflow_in_float16_is_left_out_by_both_optimisers_and_survived(home):
+    """Also more than ten times in a row, while the scale of the loss still comes down."""
+    put_checkpoint(home, "scaled", lambda saved: saved.update(scaler=SCALER | {"scale": 2.0**60}))
+    args = ["--init_from=resume", "--out_dir=scaled", "--dtype=float16", "--log_interval=1"]
+    works(call("train.py", *args, "--max_steps=25", cwd=home))
+    a, b = checkpoint(home / "out"), checkpoint(home / "scaled")
+    assert b["step"] == 25 and b["scaler"]["scale"] == 2.0**55
+    for part in "model", "ema":
+        assert_same(a[part], b[part])
+    for name, optimizer in a["optimizer"].items():
+        assert_same(optimizer["state"], b["optimizer"][name]["state"])
+    works(call("train.py", *args, "--max_steps=80", cwd=home))
+    skipped = [record.get("skipped", 0) for record in read_log(home / "scaled")]
+    count = sum(skipped)
+    assert skipped == [1] * count + [0] * (60 - count) and 30 < count < 55
+    assert checkpoint(home / "scaled")["scaler"]["scale"] == 2.0 ** (60 - count)
+
+
+def test_ten_in_a_row_stop_float16_when_the_scale_is_down(home):
+    def spoil(saved):
+        saved["model"]["output_layer.linear.bias"][0] = 3e38
+        saved["scaler"] = SCALER | {"scale": 8.0}
+
+    put_checkpoint(home, "down", spoil)
+    args = ["--init_from=resume", "--out_dir=down", "--dtype=float16", "--max_steps=60"]
+    done = call("train.py", *args, cwd=home)
+    assert done.returncode == 1 and "not finite in steps 24 to 33" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------ full disk
 
 
@@ -570,32 +668,37 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(home):
         assert all(tensor.isfinite().all() for tensor in checkpoint(home / "wild")["model"].values())
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(home):
-    """One rare character has an embedding whose norm overflows: it spoils the steps that see it, and no other."""
+@pytest.mark.parametrize("least, most", [(2, 4), (11, 20)], ids=["few", "many, but never ten in a row"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most):
+    """One character has an embedding whose norm overflows: it spoils the steps that see it, and no other."""
     meta = json.loads((home / "data/pydocs/meta.json").read_text())
     o = train.Options(**SIZES, data_dir=str(home / "data"))
     model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
     data = train.Data(o)
-    seen = [{*data.batch(o, step, model)[2].flatten().tolist()} for step in range(20, 40)]
-    count = lambda token: sum(token in tokens for tokens in seen)
-    token = next(t for t in range(meta["vocab_size"]) if 2 <= count(t) <= 4)
-    spoilt = [token in tokens for tokens in seen]
+    seen = [{*data.batch(o, step, model)[2].flatten().tolist()} for step in range(20, 50)]
+    spoilt = ([token in tokens for tokens in seen] for token in range(meta["vocab_size"]))
+    token, spoilt = next((token, steps) for token, steps in enumerate(spoilt)
+                         if least <= sum(steps) <= most and "1" * 10 not in "".join(str(int(step)) for step in steps))  # fmt: skip
 
     def spoil(saved):
-        saved["model"]["vocab_embed.weight"][token] = 3e38
+        saved["model"]["vocab_embed.embedding"][token] = 3e38
 
-    put_checkpoint(home, "spoilt", spoil)
-    args = ["--init_from=resume", "--out_dir=spoilt", "--max_steps=40", "--save_interval=10", "--log_interval=1"]
+    put_checkpoint(home, f"spoilt{least}", spoil)
+    args = ["--init_from=resume", f"--out_dir=spoilt{least}", "--max_steps=50", "--save_interval=10", "--log_interval=1"]
     works(call("train.py", *args, cwd=home))
-    assert checkpoint(home / "spoilt")["step"] == 40
-    assert ["skipped" in record for record in read_log(home / "spoilt")] == spoilt
+    assert checkpoint(home / f"spoilt{least}")["step"] == 50
+    assert ["skipped" in record for record in read_log(home / f"spoilt{least}")] == spoilt
 
 
-def test_numbers_that_are_not_finite_are_not_saved(home):
+def test_numbers_that_are_not_finite_are_not_saved(home, capfd):
     before, saved = (home / "out/ckpt.pt").read_bytes(), checkpoint(home / "out")
-    saved["ema"]["output_layer.linear.bias"][0] = math.nan
-    with pytest.raises(ValueError, match="not all finite"):
-        train.save_checkpoint(home / "out/ckpt.pt", saved)
+    o = train.Options(**saved["options"])
+    model = sedd.SEDD(sedd.SEDDConfig(**saved["config"]))
+    state = train.State(model, o)
+    state.load(saved)
+    state.average.output_layer.linear.bias.data[0] = math.nan
+    assert not state.save(home / "out/ckpt.pt", o, saved["meta"])
+    assert "step 20 was not saved (its numbers are not all finite)" in capfd.readouterr().err
     assert (home / "out/ckpt.pt").read_bytes() == before
 
 
@@ -618,7 +721,7 @@ def test_each_evaluation_shows_a_text_and_disturbs_nothing(home):
     shown = [line for line in often.stdout.splitlines() if line[:1] in "'\""]
     assert len(shown) == 3 and all(len(eval(line)) == L for line in shown)
     assert len([line for line in never.stdout.splitlines() if line[:1] in "'\""]) == 1
-    assert re.search(r"about \d+ (s|min|h) to go", often.stdout)
+    assert re.search(r"/6 \[\d\d:\d\d<", often.stderr)  # the time that is still to go
     assert_same(checkpoint(home / "often")["model"], checkpoint(home / "never")["model"])
 
 
@@ -649,7 +752,7 @@ OTHERS = {
     "no average": lambda saved: saved.pop("ema"),
     "no step": lambda saved: saved.update(step=None),
     "another width": lambda saved: saved["config"].update(n_embd=64),
-    "half a weight": lambda saved: saved["ema"].update({"vocab_embed.weight": saved["ema"]["vocab_embed.weight"][::2]}),
+    "half a weight": lambda saved: saved["ema"].update({"vocab_embed.embedding": saved["ema"]["vocab_embed.embedding"][::2]}),
     "no optimiser": lambda saved: saved["optimizer"].pop("adamw"),
     "no moments": lambda saved: saved["optimizer"]["adamw"]["state"].clear(),
     "other moments": lambda saved: saved["optimizer"]["adamw"]["state"][3].update(exp_avg=torch.zeros(5)),
@@ -700,7 +803,10 @@ def test_meta_with_a_wrong_field(home, truth, field, value):
     done = call("train.py", "--init_from=resume", "--dataset=odd", "--eval_only", cwd=home)
     if one_line_or(done, 0):
         assert field in ("source", "bytes") or meta[field] == value
-        assert done.stdout == truth.replace("pydocs", "odd")
+        told = [done.stdout, truth.replace("pydocs", "odd")]
+        if field == "bytes":  # nothing contradicts another number of them
+            told = [text.split(", perplexity")[0] for text in told]
+        assert told[0] == told[1]
 
 
 @fuzz
