@@ -564,9 +564,9 @@ def main():
         compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
         if compiled:
             model.compile()
+            torch._dynamo.config.optimize_ddp = False  # it cuts a block in two, but DDP overlaps whole ones as well
         network = model
         if WORLD > 1:
-            torch._dynamo.config.optimize_ddp = False  # it cuts compiled blocks in two, but whole ones overlap as well
             # the buffers are constants, which need not be sent around
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, dict(model.named_buffers()))
             network = DistributedDataParallel(model, gradient_as_bucket_view=True)
