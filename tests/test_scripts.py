@@ -428,6 +428,12 @@ def test_gradient_accumulation_gives_the_same_losses(home, one_process, micro_ba
 # ------------------------------------------------------------------------------------------------- configuration
 
 
+def test_only_sedd_is_installed():
+    """Modules named train, sample, prepare and config would shadow a user's own."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"] == {"py-modules": ["sedd"]}
+
+
 def test_command_line_beats_config_file_beats_default(tmp_path):
     file, second = tmp_path / "a.py", tmp_path / "b.py"
     file.write_text("n_layer, n_head = 7, 5\nlearning_rate = 1\nout_dir = 'elsewhere'\ncompile = False\n")

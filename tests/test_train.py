@@ -511,7 +511,8 @@ def test_a_young_average_forgets_the_start(home):
 def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times):
     """Below it the uniform graph's losses explode; each of B even times has a B-th of the rest."""
     o = train.Options(**SIZES | {"batch_size": 1000}, data_dir=str(home / "data"), times=times)
-    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, L, 1, 2, 32, 16))
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
     for step in range(5):
         _, t, _ = data.batch(o, step, model)
         assert t.min() >= 1e-3 and t.max() <= 1
@@ -526,7 +527,8 @@ def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times)
 def test_the_processes_share_the_noise_evenly(home, monkeypatch):
     """Of the masked positions of a step the busiest of 4 processes has hardly more than its part: all wait for it."""
     o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20, data_dir=str(home / "data"))
-    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, 128, 1, 2, 32, 16))
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
     monkeypatch.setattr(train, "WORLD", 4)
     masked = torch.zeros(4, 20)
     for step in range(20):
@@ -556,7 +558,8 @@ def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     o = train.Options(**SIZES, data_dir=str(home / "data"))
-    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, L, 1, 2, 32, 16))
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
     a, b = (train.micro_batches(data, o, 3, model, torch.device(name), 2) for name in ("cpu", "cuda"))
     assert_same(a, b)
     assert len(pinned) == 6 and all(tensor.is_contiguous() for tensor in pinned)
