@@ -31,7 +31,7 @@ class Options:
 
     name: str = "pydocs"  # or shakespeare_char, owt, text8, wikitext2, wikitext103, ptb, lambada, lm1b, shakespeare
     input: str = ""  # a UTF-8 text file to prepare under this name, which then is any
-    tokenizer: Literal["char", "bpe", "gpt2"] = "char"  # a token a character; BPE learned from the text; GPT-2's BPE
+    tokenizer: Literal["bpe", "char", "gpt2"] = "char"  # BPE learned from the text; a token a character; GPT-2's BPE
     vocab_size: Annotated[int, 256, 2**20] = 1024  # tokens that bpe learns, with the 256 single bytes
     source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
     workers: Whole = 0  # threads that tokenize; 0: one a core
@@ -203,7 +203,7 @@ def read_text(kind):
 def read_rows(name, source, seed, counts):
     """(split, list of up to BLOCK texts) of a set in its order, from the folder `source` or from the hub.
 
-    From the hub whole files go to its cache first: what breaks off goes on from there at the next call.
+    From the hub whole files go to its cache first, where the next call finds those that have come.
     What is read of each split is counted in the Counter `counts`, in the unit of Set.sizes.
     """
     import datasets
