@@ -5,8 +5,8 @@ import http.server
 import json
 import os
 import resource
-import signal
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -149,14 +149,14 @@ def test_lines_of_text_files_are_examples(tmp_path, bpe):
 def test_other_sizes_than_the_known_are_told(tmp_path):
     make(tmp_path / "mine", {"train": ["a b"] * 3, "test": ["c"]})
     done = works(call("prepare.py", "lm1b", "--source=mine", cwd=tmp_path))
-    assert done.stderr.splitlines() == ["prepare.py: mine: train has 3 rows, but the whole set 30,301,028",
-                                        "prepare.py: mine: test has 1 rows, but the whole set 306,688"]  # fmt: skip
+    assert done.stderr.splitlines() == ["prepare.py: train of mine has 3 rows, not 30,301,028",
+                                        "prepare.py: test of mine has 1 rows, not 306,688"]  # fmt: skip
     make(tmp_path / "whole", {"test": ["c"] * 5153})
     assert works(call("prepare.py", "lambada", "--source=whole", cwd=tmp_path)).stderr == ""
     text = "a b " * 1_250_000
     make(tmp_path / "parts", {"validation": [text], "test": [text[1:]]})
     done = works(call("prepare.py", "text8", "--source=parts", cwd=tmp_path))
-    assert done.stderr.splitlines() == ["prepare.py: parts: test has 4,999,999 characters, but the whole set 5,000,000"]
+    assert done.stderr.splitlines() == ["prepare.py: test of parts has 4,999,999 characters, not 5,000,000"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("eval_*.py")), ids=lambda path: path.stem)
@@ -173,7 +173,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The little of the hub's protocol that a download takes: revisions, lists of files, files."""
 
     protocol_version = "HTTP/1.1"
-    log_message = lambda *_: None
+
+    def log_message(self, *_):
+        pass
 
     def do_HEAD(self):
         self.do_GET()
@@ -252,6 +254,7 @@ def test_files_of_the_hub(name, tmp_path, hub):
     decoy = parquet(tmp_path, **{column: ["a decoy"]})
     for path in "{}/partial-train/0000.parquet", "{}-v1/train-00000-of-00001.parquet", "{}-v1/train/0000.parquet":
         contents[path.format(layout.split("/")[0])] = decoy
+    contents[layout.format("train", "index").replace(".parquet", ".duckdb")] = decoy
     contents["README.md"] = b"---\nconfigs:\n- config_name: default\n  data_files: none.csv\n---\n"
     hub.sets = [(repo, revision, contents)]
     works(run("prepare.py", name, cwd=tmp_path, **hub.env))
