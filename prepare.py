@@ -156,8 +156,8 @@ class Set:
     letters: str = ""  # the vocabulary by characters, where the set and not the text defines it
 
 
-# `datasets` no longer runs scripts. Of the sets that were scripts the hub has an old conversion to parquet, here pinned;
-# for ptb we do not know the commit.
+# `datasets` no longer runs scripts. Of sets that were scripts the hub keeps an old conversion to parquet: it is pinned
+# here, but for ptb's, whose commit we do not know.
 SETS = {
     "pydocs": Set("pydoc_data.topics of Python " + sys.version.split()[0], one_text=True, tokenizer=Options.tokenizer),
     "shakespeare_char": Set("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
