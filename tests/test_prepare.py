@@ -604,8 +604,8 @@ def test_folder_is_no_data_set_while_files_move_in(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stop_at_the_second)
     complains(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path), "prepare.py", "data/mine", "Input/output")
-    assert len(calls) == 2 and "meta.json" not in os.listdir(tmp_path / "data/mine")
-    assert os.listdir(tmp_path / "data") == ["mine"]
+    assert len(calls) == 2 and (tmp_path / "data/mine/train.bin").exists() and os.listdir(tmp_path / "data") == ["mine"]
+    complains(call("train.py", "--dataset=mine", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
 
 
 def test_splits_that_a_set_lacks_are_gone(tmp_path):
