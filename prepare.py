@@ -31,7 +31,7 @@ class Options:
 
     name: str = "pydocs"  # or shakespeare_char, owt, text8, wikitext2, wikitext103, ptb, lambada, lm1b, shakespeare
     input: str = ""  # a UTF-8 text file to prepare under this name, which then is any
-    tokenizer: Literal["bpe", "char", "gpt2"] = "char"  # BPE learned from the text; a token a character; GPT-2's BPE
+    tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # BPE learned from the text; a token a character; GPT-2's BPE
     vocab_size: Annotated[int, 256, 2**20] = 1024  # tokens that bpe learns, with the 256 single bytes
     source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
     workers: Whole = 0  # threads that tokenize; 0: one a core

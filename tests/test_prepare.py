@@ -426,6 +426,17 @@ def test_char_data_of_before_is_still_read():
         tokenizer.encode("abcd")
 
 
+def test_defaults_are_bpe_but_for_sets_by_characters(tmp_path):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    works(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path))
+    works(call("prepare.py", cwd=tmp_path))
+    mine, _ = read(tmp_path / "data/mine")
+    pydocs, _ = read(tmp_path / "data/pydocs")
+    assert mine["tokenizer"] == pydocs["tokenizer"] == "bpe"
+    assert 256 < mine["vocab_size"] < 300 and pydocs["vocab_size"] == prepare.Options.vocab_size
+    assert prepare.SETS["shakespeare_char"].tokenizer == prepare.SETS["text8"].tokenizer == "char"
+
+
 def test_vocab_size_below_the_bytes_is_refused(tmp_path):
     (tmp_path / "some.txt").write_text("some text " * 50)
     done = call("prepare.py", "x", "--input=some.txt", "--tokenizer=bpe", "--vocab_size=255", cwd=tmp_path)
