@@ -80,6 +80,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # Training leaves out the first thousandth of time, where the uniform graph's rare losses explode.
 T_MIN = 1e-3
 
+OF_THE_FILES = "source", "dtype", "sizes", "bytes"  # what meta.json tells of these files and not of the tokens
 SHAPE = [field.name for field in fields(SEDDConfig) if field.name != "vocab_size"]
 
 # -------------------------------------------------------------------------------------------------- machine
@@ -135,15 +136,15 @@ def training_attention(device):
 
 
 def join_processes():
-    """Meet the other processes that torchrun has started."""
+    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA."""
     if "MASTER_ADDR" not in os.environ:
         fail(f"WORLD_SIZE={WORLD}, but nothing tells where the others are: start them with torchrun")
-    store, *_ = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one node the store can outlive a restart, and the keys of the two must not meet. Across nodes the count
-        # of restarts may differ; there the rendezvous of torchrun makes a new store each time.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(store=store, rank=RANK, world_size=WORLD)  # gloo on the CPU, NCCL on CUDA
+        # On one node the store can outlive a restart, and the keys of the two must not meet. Across nodes the counts
+        # may differ, but there torchrun (with --rdzv_backend=c10d) makes a new store each time.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(store=store, rank=rank, world_size=world)
 
 
 def mixed_seed(*numbers):
@@ -201,25 +202,72 @@ def check_finite(*parts):
         raise ValueError("its numbers are not all finite")
 
 
-def save_checkpoint(path, checkpoint):
-    """Write to a temporary name and rename: whenever the machine stops, `path` is a whole checkpoint.
+class State:
+    """What training changes and a checkpoint keeps: the weights, their average, what the optimisers remember, the step.
 
-    OSError where the disk is full, ValueError where a number is not finite; `path` is then what it was before.
+    The optimiser is AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks, and AdamW for the
+    rest. Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal,
+    so that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
-    moments = [state for optimizer in checkpoint["optimizer"].values() for state in optimizer["state"].values()]
-    if not moments:
-        raise ValueError("no step was finite yet")
-    check_finite(checkpoint["model"], checkpoint["ema"], *moments)
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        with open(scratch, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name without the content
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
-        scratch.unlink(missing_ok=True)
-        raise OSError(getattr(error, "strerror", None) or "the disk may be full") from None
+
+    def __init__(self, model, o):
+        self.model, self.average, self.step = model, copy.deepcopy(model).eval().requires_grad_(False), 0
+        named = model.blocks.named_parameters() if o.optimizer == "muon" else []
+        matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
+        rest, options = [p for p in model.parameters() if p not in matrices], {"lr": 0.0, "weight_decay": o.weight_decay}
+        self.optimizers = {"adamw": torch.optim.AdamW(rest, betas=(0.9, o.beta2), fused=True, **options)}
+        if matrices:
+            self.optimizers["muon"] = torch.optim.Muon([*matrices], adjust_lr_fn="match_rms_adamw", **options)
+
+    def update(self, lr, ema):
+        """One step of the optimisers, with the gradients that there are, and of the average."""
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        # a young average forgets faster, or it would remember the random start
+        weight = 1 - min(ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], weight)
+
+    def save(self, path, o, meta):
+        """Write to another name and rename: whenever the machine stops, `path` is a whole checkpoint.
+
+        Returns whether it is saved. If not (full disk, numbers that are not finite), it says why, and `path` is what it was.
+        """
+        scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
+        checkpoint = {
+            "model": self.model.state_dict(), "ema": self.average.state_dict(), "step": self.step,
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
+            "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
+        }  # fmt: skip
+        try:
+            moments = [moment for _, optimizer in optimizers for moment in optimizer.state.values()]
+            if not moments:
+                raise ValueError("no step was finite yet")
+            check_finite(checkpoint["model"], checkpoint["ema"], *moments)
+            with open(scratch, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name without the content
+            os.replace(scratch, path)
+        except (OSError, RuntimeError, ValueError) as error:  # torch.save turns the first into the second
+            scratch.unlink(missing_ok=True)
+            tqdm.write(f"warning: step {self.step} was not saved ({error}); {path} is what it was", sys.stderr)
+            return False
+        return True
+
+    def load(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.average.load_state_dict(checkpoint["ema"])
+        for name, optimizer in self.optimizers.items():
+            # what it remembers, but with the options that were given now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
+            for p in optimizer.param_groups[0]["params"]:
+                if {tensor.shape for tensor in optimizer.state[p].values() if tensor.ndim} != {p.shape}:
+                    raise ValueError("its optimiser is not that of its weights")
+        self.step = checkpoint["step"]
+        if self.step < 1:
+            raise ValueError("it is of no step")
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -229,26 +277,29 @@ class Data:
     """One data set's memory-mapped tokens, cut into blocks."""
 
     def __init__(self, o):
-        folder, self.splits, self.block_size = Path(o.data_dir) / o.dataset, {}, o.block_size
-        self.folder = folder
-        splits = {o.eval_split} if o.eval_only else {"train", o.eval_split}
+        folder = self.folder = Path(o.data_dir) / o.dataset
+        self.splits, self.block_size = {}, o.block_size
         try:
-            self.meta = read_meta(folder)
-            for name in splits:
-                self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
-                if len(self.splits[name]) != self.meta["sizes"].get(name, len(self.splits[name])):
+            if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # GPT-2's tokens, as nanoGPT has them
+                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": {}}
+            else:
+                self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size = self.meta["vocab_size"]
+            for name in [o.eval_split] if o.eval_only else ["train", o.eval_split]:
+                tokens = self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
+                if len(tokens) != self.meta["sizes"].get(name, len(tokens)):
                     raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
         except Exception as error:
             why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
             fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
-        shortest = min(map(len, self.splits.values()))
-        if shortest < o.block_size:
-            fail(f"{folder} has a split of {shortest} tokens, fewer than one block: try --block_size={max(1, shortest // 2)}, "
-                 "or a longer text")  # fmt: skip
+        for name, tokens in self.splits.items():
+            if len(tokens) < o.block_size:
+                fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
+                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")
 
     def checked(self, x0):
         """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
-        if x0.max() >= self.meta["vocab_size"]:
+        if x0.max() >= self.vocab_size:
             fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
         return x0
 
@@ -269,44 +320,31 @@ class Data:
         x0 = self.checked(torch.from_numpy(tokens[starts.numpy() + np.arange(o.block_size)].astype(np.int64)))
         return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
 
-    def blocks(self, split, n):
-        """All whole blocks of the split (N, L), unread, and the numbers of n of them, evenly spread (0: of all)."""
-        tokens, L = self.splits[split], self.block_size
-        blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
-        return blocks, np.unique(np.linspace(0, len(blocks) - 1, n or len(blocks)).astype(int))
-
-
-def read_meta(folder):
-    """What prepare.py left in meta.json; a nanoGPT folder of uint16 GPT-2 tokens has none, and needs none."""
-    if (folder / "train.bin").is_file() and not any((folder / f"meta.{end}").exists() for end in ("json", "pkl")):
-        return {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": {}}
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-
-def same_vocabulary(a, b):
-    """Whether all that meta `a` tells of its tokens is so in meta `b`."""
-    return all(b.get(name) == value for name, value in a.items() if name not in ("source", "dtype", "sizes", "bytes"))
-
 
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, data, o, device, dtype, bar=False):
+def evaluate(model, data, o, device, dtype, tell=False):
     """Mean likelihood bound (exact for GPT) over blocks of a split, and its standard error, in nats per token.
 
     Sequences, times and noise are the same at every call and for every number of processes.
     """
-    blocks, rows = data.blocks(o.eval_split, o.eval_sequences)
+    tokens, L = data.splits[o.eval_split], o.block_size
+    blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
+    rows = np.unique(np.linspace(0, len(blocks) - 1, o.eval_sequences or len(blocks)).astype(int))
+    if tell:
+        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} times; "
+              f"dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
     bounds = torch.zeros(len(rows), device=device)
-    for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not bar)):
+    for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not tell)):
         if k % WORLD == RANK:
             torch.manual_seed(mixed_seed(o.seed, k))
-            x0 = data.checked(torch.from_numpy(blocks[rows[part]].astype(np.int64))).to(device)
+            x0 = data.checked(torch.from_numpy(blocks[rows[part.numpy()]].astype(np.int64))).to(device)
             with autocast(device, dtype):
                 bounds[part] = model.nll(x0, o.eval_times)
     if WORLD > 1:
         dist.all_reduce(bounds)
-    bounds = bounds.cpu().double() / data.block_size
+    bounds = bounds.cpu().double() / L
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
@@ -317,71 +355,16 @@ def describe(model, bound, error, meta, split):
     return text + (f", {bound * meta['sizes'][split] / size / math.log(2):.4f} bits per byte" if size else "")
 
 
-def sample_line(model, meta, seed, device, dtype):
+def sample_line(model, tokenizer, seed, device, dtype):
     """A short text of the model, the same noise at every call, its whitespace escaped."""
     torch.manual_seed(mixed_seed(seed))
     with autocast(device, dtype):
         x = model.generate(torch.full((1, min(64, model.config.block_size)), -1, device=device), 16)
     # scores that are not finite can leave a MASK
-    return repr(Tokenizer(meta).decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
+    return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
 
 # ------------------------------------------------------------------------------------------------- training
-
-
-class State:
-    """What training changes and a checkpoint keeps: the weights, their average, what the optimisers remember, the step.
-
-    The optimiser is AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks, and AdamW for the
-    rest. Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal,
-    so that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
-    """
-
-    def __init__(self, model, o):
-        self.model, self.step = model, 0
-        self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        named = model.blocks.named_parameters() if o.optimizer == "muon" else []
-        matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
-        rest, options = [p for p in model.parameters() if p not in matrices], {"lr": 0.0, "weight_decay": o.weight_decay}
-        self.optimizers = {"adamw": torch.optim.AdamW(rest, betas=(0.9, o.beta2), fused=True, **options)}
-        if matrices:
-            self.optimizers["muon"] = torch.optim.Muon([*matrices], adjust_lr_fn="match_rms_adamw", **options)
-
-    def load(self, checkpoint):
-        self.model.load_state_dict(checkpoint["model"])
-        self.average.load_state_dict(checkpoint["ema"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizer"][name])
-            (group,) = optimizer.param_groups
-            group.update(optimizer.defaults)  # the options are those that were given now
-            for p in group["params"]:
-                if {tensor.shape for tensor in optimizer.state[p].values() if tensor.ndim} != {p.shape}:
-                    raise ValueError("its optimiser is not that of its weights")
-        self.step = checkpoint["step"]
-        if self.step < 1:
-            raise ValueError("it is of no step")
-
-    def update(self, lr, ema):
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-        with torch.no_grad():
-            # a young average forgets faster, or it would remember the random start
-            weight = 1 - min(ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], weight)
-
-    def save(self, path, o, meta):
-        """Whether it is saved; says why, if not."""
-        try:
-            save_checkpoint(path, {
-                "model": self.model.state_dict(), "ema": self.average.state_dict(),
-                "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "step": self.step, "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
-            })  # fmt: skip
-            return True
-        except (OSError, ValueError) as error:
-            tqdm.write(f"warning: step {self.step} was not saved ({error}); {path} is what it was", sys.stderr)
-            return False
 
 
 def learning_rate(o, step):
@@ -448,51 +431,49 @@ class Log:
             self.pending = self.pending[self.file.write(self.pending) :]
 
 
-def begin(o, explicit):
-    """What init_from names: the options it completes, its averaged model (None: fresh), its meta, and a checkpoint.
+def begin(explicit):
+    """What init_from names: the options that it completes, its averaged model (None: fresh), its meta, and a checkpoint.
 
-    The checkpoint is one to go on with, or None. Process 0 decides whether there is one, for the others may see an
-    older state of a shared disk. A restart by torchrun is like `auto`: the first start has moved older ones away.
+    The checkpoint is one to go on with, or None. Process 0 decides whether there is one: the others may see an older
+    state of a shared disk. A restart by torchrun is like `auto`, for the first start has moved older ones away.
     """
-    path, restarted = Path(o.out_dir) / "ckpt.pt", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = torch.tensor(o.init_from == "resume" or (o.init_from == "auto" or restarted and not o.eval_only) and path.is_file())
+    o, kept, checkpoint = Options(**explicit), {}, None
+    path, restarts = Path(o.out_dir) / "ckpt.pt", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    look = o.init_from == "auto" or restarts and not o.eval_only
+    found = torch.tensor(o.init_from == "resume" or bool(look and path.is_file()))
     if WORLD > 1:
         dist.broadcast(found, 0)
-    if not found and o.init_from in ("scratch", "auto"):
-        return o, None, {}, None
     if found:
-        source, (model, checkpoint) = path, load_checkpoint(path)
+        model, checkpoint = load_checkpoint(path)
         with reading(path):
-            kept, meta = asdict(Options(**checkpoint["options"])), checkpoint["meta"]
-        given = {"init_from": "resume", "out_dir": o.out_dir, "eval_only": o.eval_only} | explicit
-        fixed = {"optimizer": kept["optimizer"]}
+            kept, meta = checkpoint["options"] | {"init_from": "resume", "out_dir": o.out_dir}, checkpoint["meta"]
+            Options(**kept)
+    elif o.init_from in ("scratch", "auto"):
+        return o, None, {}, None
+    elif "/" not in o.init_from and not os.path.isdir(o.init_from):
+        fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
+    elif not o.eval_only and Path(o.init_from).resolve() == path.parent.resolve():
+        fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
     else:
-        source, checkpoint = o.init_from, None
-        if "/" not in source and not os.path.isdir(source):
-            fail(f"init_from={source!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
-        if not o.eval_only and Path(source).resolve() == path.parent.resolve():
-            fail(f"init_from={source!r} is out_dir as well: name another --out_dir, or --init_from=resume")
-        model, meta = load_model(source)
-        kept, given, fixed = {}, explicit, {}
-        if meta is None:
-            meta = {"vocab_size": model.config.vocab_size}
-            print(f"warning: nothing tells the vocabulary of {source}: it is taken for that of the data", file=sys.stderr)
-    shape = asdict(model.config)
-    for name, value in (shape | fixed).items():
-        if name not in ("vocab_size", "block_size", "dropout") and explicit.get(name, value) != value:
-            fail(f"{name}={explicit[name]} but {source} was trained with {value}: leave it out, or say --{name}={value}")
-    del shape["vocab_size"]
-    return Options(**{**kept, **shape, **given}), model, meta, checkpoint
+        model, meta = load_model(o.init_from)
+    kept |= {name: getattr(model.config, name) for name in SHAPE}
+    source = path if found else o.init_from
+    for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
+        if explicit.get(name, kept[name]) != kept[name]:
+            fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: leave --{name} out, "
+                 f"or say --{name}={kept[name]}")  # fmt: skip
+    if meta is None:
+        print(f"warning: nothing tells the vocabulary of {source}: it is taken for that of the data", file=sys.stderr)
+    return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
 
 
 def micro_batches(o):
     """How many micro-batches a process takes for its share of a batch."""
     share, left = divmod(o.batch_size, WORLD)
-    micro = min(o.micro_batch_size or share, share)  # 0 where there are more processes than sequences
-    if left or share % max(1, micro):
-        unit = WORLD * max(1, micro)
-        fail(f"batch_size={o.batch_size} cannot be shared by {WORLD} processes in micro-batches of {micro or 1}: "
-             f"try --batch_size={max(1, round(o.batch_size / unit)) * unit}")  # fmt: skip
+    micro = max(1, min(o.micro_batch_size or share, share))
+    if left or share % micro:
+        fail(f"batch_size={o.batch_size} cannot be shared by {WORLD} processes in micro-batches of {micro}: "
+             f"try --batch_size={max(1, round(o.batch_size / WORLD / micro)) * WORLD * micro}")  # fmt: skip
     return share // micro
 
 
@@ -500,68 +481,63 @@ def main():
     explicit = parse(Options)
     if WORLD > 1:
         join_processes()
-    o, trained, meta, checkpoint = begin(Options(**explicit), explicit)
+    o, trained, meta, checkpoint = begin(explicit)
     count, device = micro_batches(o), find_device(o.device)
-    dtype, data = find_dtype(o.dtype, device), Data(o)
-    if not same_vocabulary(meta, data.meta):
-        fail(f"{o.out_dir if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
+    dtype, data, path = find_dtype(o.dtype, device), Data(o), Path(o.out_dir) / "ckpt.pt"
+    if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
+        fail(f"{path if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
              "name the data set that it was trained on")  # fmt: skip
-    torch.manual_seed(o.seed)
     try:
-        config = SEDDConfig(data.meta["vocab_size"], **{name: getattr(o, name) for name in SHAPE})
+        config = SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE})
     except ValueError as error:
         fail(error)
+    torch.manual_seed(o.seed)
     model = MODELS[o.parameterization](config)
     if trained:
         model.load_state_dict(trained.state_dict())
     model.to(device)
     if o.eval_only:
-        print_bound(model.eval(), data, o, device, dtype, f"step {checkpoint['step']}" if checkpoint else o.init_from)
+        bound, error = evaluate(model.eval(), data, o, device, dtype, tell=RANK == 0)
+        if RANK == 0:
+            name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
+            print(f"{name}: {describe(model, bound, error, data.meta, o.eval_split)}")
         status = 0
     else:
         state = State(model, o)
         if checkpoint:
-            with reading(Path(o.out_dir) / "ckpt.pt"):
+            with reading(path):
                 state.load(checkpoint)
-        status = train(o, data, state, count, device, dtype)
+        log = Log(o, state.step) if RANK == 0 else None
+        compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
+        if compiled:
+            model.compile()
+        network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+        if log:
+            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
+                  f"{str(dtype).removeprefix('torch.')}{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens "
+                  f"a step, steps {state.step} to {o.max_steps}; output in {o.out_dir}/")  # fmt: skip
+        status = train(o, data, state, network, log, count, device, dtype)
     if WORLD > 1:
         dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
-def print_bound(model, data, o, device, dtype, name):
-    blocks, rows = data.blocks(o.eval_split, o.eval_sequences)
-    if RANK == 0:
-        left = len(data.splits[o.eval_split]) - blocks.size
-        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {o.block_size} tokens at "
-              f"{o.eval_times} times; dropped at the end: {left:,} tokens that fill no block")  # fmt: skip
-    bound, error = evaluate(model, data, o, device, dtype, bar=RANK == 0)
-    if RANK == 0:
-        print(f"{name}: {describe(model, bound, error, data.meta, o.eval_split)}")
-
-
-def train(o, data, state, count, device, dtype):
-    """From state.step to o.max_steps, in `count` micro-batches a step; returns the exit status."""
-    log, model, start = Log(o, state.step) if RANK == 0 else None, state.model, state.step
-    compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
-    if compiled:
-        model.compile()
-    network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
-    if log:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
-              f"{str(dtype).removeprefix('torch.')}{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a "
-              f"step, steps {start} to {o.max_steps}; output in {o.out_dir}/")  # fmt: skip
-        if start < o.max_steps:
-            log.write({"step": start, "options": asdict(o)})
-    bar, caught = progress(total=o.max_steps, initial=start, unit="step", disable=RANK > 0), catch_signals()
-    losses, seconds, skipped, in_a_row, stop, saved = [], 0.0, 0, 0, 0, True
-
-    for step in range(start, o.max_steps):
+def train(o, data, state, network, log, count, device, dtype):
+    """The steps that are left, each in `count` micro-batches; returns the exit status."""
+    model, path, tokenizer = state.model.train(), Path(o.out_dir) / "ckpt.pt", None
+    with contextlib.suppress(OSError):  # GPT-2's BPE files are not to be had: then no text is shown
+        tokenizer = Tokenizer(data.meta)
+    if log and state.step < o.max_steps:
+        log.write({"step": state.step, "options": asdict(o)})
+    bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
+    losses, seconds, skipped, in_a_row, stop, saved, caught = [], 0.0, 0, 0, 0, True, catch_signals()
+    for step in range(state.step, o.max_steps):
         began = time.perf_counter()
         torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
         batch, loss = data.batch(o, step, model), 0.0
         for i in range(count):
-            # the times are spread over the batch: so each process and each micro-batch has its share of every noise level
+            # the times are spread over the batch: so each process and each micro-batch gets all noise levels alike
             x0, t, x = (tensor[RANK + i * WORLD :: count * WORLD].to(device) for tensor in batch)
             network.require_backward_grad_sync = i == count - 1
             with autocast(device, dtype), training_attention(device):
@@ -597,19 +573,20 @@ def train(o, data, state, count, device, dtype):
             bound, error = evaluate(state.average, data, o, device, dtype)
             record |= {f"{o.eval_split}_{'nll' if model.exact else 'bound'}": bound, f"{o.eval_split}_error": error}
             if log:
-                bar.write(f"step {step + 1}: {o.eval_split} {describe(model, bound, error, data.meta, o.eval_split)}")
-                bar.write(sample_line(state.average, data.meta, o.seed, device, dtype))
+                bar.write(f"step {state.step}: {o.eval_split} {describe(model, bound, error, data.meta, o.eval_split)}")
+            if log and tokenizer:
+                bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
         bar.update()
         if log and record:
             log.write({"step": state.step} | record)
         if log and (state.step % o.save_interval == 0 or last):
-            saved = state.save(Path(o.out_dir) / "ckpt.pt", o, data.meta)
+            saved = state.save(path, o, data.meta)
         if stop:
             break
     bar.close()
     if log and saved:
-        print(f"{o.out_dir}/ckpt.pt " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} "
-              "goes on" if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
+        print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
+                            if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
     return 128 + stop if stop else int(not saved)
 
 

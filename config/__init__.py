@@ -58,8 +58,9 @@ def convert(name, kind, text):
         number, least, limit = get_args(kind)
         wanted = f"{'a whole number' if number is int else 'a number'}, at least {least} and below {limit}"
         try:
-            if least <= number(text) < limit:  # nan is in no order with anything
-                return number(text)
+            text = number(text)
+            if least <= text < limit:  # nan is in no order with anything
+                return text
         except ValueError:
             pass
     else:
@@ -67,7 +68,7 @@ def convert(name, kind, text):
         wanted = f"one of {', '.join(choices)}"
         if text in choices:
             return choices[text]
-    fail(f"{name}={text} must be {wanted}")
+    fail(f"{name}={text!r} must be {wanted}")
 
 
 def read_file(path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import math
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -194,17 +196,19 @@ def test_each_optimiser_has_its_parameters(home):
     """Muon orthogonalises: in its first step the singular values, but for the smallest, are those of AdamW's size."""
     model = sedd.SEDD(sedd.SEDDConfig(7, 8, 2, 2, 32, 16))
     names = {id(p): name for name, p in model.named_parameters()}
-    shares = {kind: {names[id(p)] for p in mine} for kind, mine in train.shares(model, "muon").items()}
+    state = train.State(model, train.Options(learning_rate=0.01))
+    shares = {kind: {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+              for kind, optimizer in state.optimizers.items()}  # fmt: skip
     assert shares["muon"] == {f"blocks.{i}.{name}.weight" for i in range(2)
                               for name in ("attn_qkv", "attn_out", "mlp.0", "mlp.2")}  # fmt: skip
     assert shares["adamw"] == {*names.values()} - shares["muon"]
-    assert [*map(len, train.shares(model, "adamw").values())] == [len(names)]
+    alone = train.State(model, train.Options(optimizer="adamw")).optimizers
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in alone.values()] == [len(names)]
 
     before = copy.deepcopy(model)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    for optimizer in train.make_optimizers(model, train.Options(learning_rate=0.01)).values():
-        optimizer.step()
+    state.update(lr=0.01, ema=0.999)
     moves = [p.detach() - q.detach() for p, q in zip(model.parameters(), before.parameters())]
     for p, move in zip(model.parameters(), moves):
         if names[id(p)] in shares["muon"]:
@@ -303,8 +307,10 @@ def test_auto_starts_and_goes_on(home):
 def test_every_earlier_checkpoint_is_kept(home):
     for steps in 1, 2, 3:
         works(call("train.py", *TINY, f"--max_steps={steps}", "--out_dir=thrice", cwd=home))
-    kept = [torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] for name in (".old", ".old2", "")]
-    assert kept == [1, 2, 3]
+    for steps, name in (1, ".old"), (2, ".old2"), (3, ""):
+        assert torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] == steps
+        log = [json.loads(line) for line in (home / "thrice" / f"log{name}.jsonl").read_text().splitlines()]
+        assert (log[0]["step"], log[0]["options"]["max_steps"], log[-1]["step"]) == (0, steps, steps)
 
 
 def test_one_training_at_a_time_in_a_folder(home):
@@ -322,8 +328,8 @@ def test_the_average_remembers_no_graph(home, monkeypatch):
     seen = []
     monkeypatch.chdir(home)
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **kwargs: seen.extend(model.parameters()) or (0.0, 0.0))
-    options = {name: value for name, value in SIZES.items()} | {"max_steps": 3, "out_dir": "average"}
-    train.train(train.Options(**options), options)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--max_steps=3", "--out_dir=average"])
+    train.main()
     assert seen and all(p.grad_fn is None and not p.requires_grad for p in seen)
 
 
@@ -380,6 +386,140 @@ def test_torchrun_restarts_after_the_loss_of_a_process(home):
         assert_same(a[part], b[part], part)
 
 
+# ------------------------------------------------------------------------------- what a user starts and starts again
+
+
+def test_a_stopped_run_of_the_defaults_ends_at_the_same_bits(home):
+    """Compiled, as 500 steps are: also where it is stopped with less than that to go."""
+    if not train.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    args = [word for word in TINY if "compile" not in word] + ["--max_steps=505", "--log_interval=1", "--eval_interval=9999"]
+    straight = works(run("train.py", *args, "--out_dir=at_once", cwd=home))
+    process = launch(home, *args, "--out_dir=in_two", "--save_interval=9999")
+    log = home / "in_two/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    step = checkpoint(home / "in_two")["step"]
+    assert process.returncode == 143 and 10 <= step < 505
+    resumed = works(run("train.py", "--init_from=resume", "--out_dir=in_two", cwd=home))
+    assert f"compiled; {4 * L} tokens a step, steps {step} to 505" in resumed.stdout and ", compiled" in straight.stdout
+    for part in "model", "ema", "optimizer":
+        assert_same(checkpoint(home / "at_once")[part], checkpoint(home / "in_two")[part], part)
+
+
+def test_a_micro_batch_is_never_larger_than_the_share(home, monkeypatch):
+    works(call("train.py", *TINY, "--micro_batch_size=32", "--max_steps=1", "--out_dir=small_share", cwd=home))
+    owt = train.Options(batch_size=512, micro_batch_size=32)
+    for world, count in (1, 16), (8, 2), (16, 1), (32, 1), (512, 1):
+        monkeypatch.setattr(train, "WORLD", world)
+        assert train.micro_batches(owt) == count
+
+
+def test_fine_tuning_with_another_length_and_dropout(home):
+    args = ["--init_from=out", "--out_dir=shorter", "--block_size=16", "--dropout=0.2", "--max_steps=1", "--device=cpu"]
+    works(call("train.py", *args, cwd=home))
+    assert checkpoint(home / "shorter")["config"] == checkpoint(home / "out")["config"] | {"block_size": 16, "dropout": 0.2}
+    works(call("train.py", "--init_from=resume", "--out_dir=shorter", "--max_steps=2", "--dropout=0", cwd=home))
+    assert checkpoint(home / "shorter")["config"]["dropout"] == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_hindrance(home, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    works(call("train.py", *TINY, "--max_steps=1", "--out_dir=lockless", cwd=home))
+    assert fcntl.flock.called
+
+
+def test_a_restart_by_torchrun_goes_on_like_auto(home, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    shutil.copytree(home / "out", home / "again")
+    done = works(call("train.py", *TINY, "--max_steps=22", "--out_dir=again", cwd=home))
+    assert "steps 20 to 22" in done.stdout and sorted(os.listdir(home / "again")) == ["ckpt.pt", "log.jsonl"]
+    done = works(call("train.py", *TINY, "--max_steps=1", "--out_dir=again_new", cwd=home))
+    assert "steps 0 to 1" in done.stdout
+    done = works(call("train.py", "--init_from=again", "--out_dir=again_new", "--eval_only", cwd=home))
+    assert re.search(r"^again: bound ", done.stdout, re.MULTILINE)  # and not of the checkpoint in again_new
+
+
+def test_process_0_decides_for_all_whether_to_resume(home):
+    """The others may see an older state of the folder: here the second process sees no checkpoint."""
+    shutil.copytree(home / "out", home / "stale")
+    (home / "stale.py").write_text(
+        "import os, pathlib, runpy, sys\n"
+        "is_file = pathlib.Path.is_file\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    pathlib.Path.is_file = lambda path: path.name != 'ckpt.pt' and is_file(path)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
+    done = works(run(home / "stale.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    assert "steps 20 to 22" in done.stdout and checkpoint(home / "stale")["step"] == 22
+
+
+@pytest.mark.parametrize("option, keys", [
+    ("--eval_split=test", {"test_bound", "test_error"}), ("--parameterization=causal", {"val_nll", "val_error"}),
+])  # fmt: skip
+def test_the_log_names_what_was_measured(home, option, keys):
+    works(call("train.py", *TINY, option, "--max_steps=1", "--out_dir=named", cwd=home))
+    (record,) = read_log(home / "named")
+    assert record.keys() == {"step", "loss", "lr", "tokens_per_s"} | keys
+    assert json.loads((home / "named/log.jsonl").read_text().splitlines()[0])["options"]["out_dir"] == "named"
+
+
+def test_speed_is_that_of_the_steps_alone(home, monkeypatch):
+    """Neither saving nor evaluating counts."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or save(*args))
+    args = ["--save_interval=1", "--log_interval=1", "--eval_interval=1", "--eval_times=50", "--max_steps=3", "--out_dir=paused"]
+    works(call("train.py", *TINY, *args, cwd=home))
+    assert all(4 * L / record["tokens_per_s"] < 1 for record in read_log(home / "paused")[1:])
+
+
+def test_ten_in_a_row_end_all_restarts(home):
+    """They would meet the same batches again."""
+    args = [*TINY, "--learning_rate=1e30", "--warmup_steps=0", "--seed=3", "--out_dir=once"]
+    launcher = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3"]
+    done = run("train.py", *args, cwd=home, launcher=launcher)
+    assert done.returncode != 0 and done.stderr.count("train.py: error: loss or gradient is not finite") == 1
+
+
+def test_a_folder_of_nanogpt_trains_as_it_is(home):
+    (home / "data/nano").mkdir()
+    for name in "train", "val":
+        shutil.copy(home / f"data/bpe/{name}.bin", home / "data/nano")
+    done = works(call("train.py", *TINY, "--dataset=nano", "--max_steps=1", "--out_dir=nano", cwd=home))
+    assert "bits per byte" not in done.stdout and checkpoint(home / "nano")["config"]["vocab_size"] == 50257
+    (home / "data/nano/meta.pkl").touch()  # that of nanoGPT's characters
+    complains(call("train.py", *TINY, "--dataset=nano", cwd=home), "train.py", "data/nano", "not prepared")
+
+
+def test_a_young_average_forgets_the_start(home):
+    """Its weight is min(ema, (1 + step) / (10 + step)), so that a short run's average is not its random start."""
+    state = train.State(torch.nn.ModuleDict({"blocks": torch.nn.Linear(1, 1, bias=False)}), train.Options(optimizer="adamw"))
+    (p,), (mean,) = state.model.parameters(), state.average.parameters()
+    p.grad, expected = torch.zeros_like(p), mean.item()
+    for state.step, weight in (0, 0.1), (1, 2 / 11), (5000, 0.99):
+        p.data.fill_(state.step + 1)
+        state.update(lr=0.0, ema=0.99)
+        expected = weight * expected + (1 - weight) * (state.step + 1)
+        assert mean.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times):
+    """Below it the uniform graph's losses explode; each of B even times has a B-th of the rest."""
+    o = train.Options(**SIZES | {"batch_size": 1000}, data_dir=str(home / "data"), times=times)
+    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(103, L, 1, 2, 32, 16))
+    for step in range(5):
+        _, t, _ = data.batch(o, step, model)
+        assert t.min() >= 1e-3 and t.max() <= 1
+        even = (t.double() - 1e-3) / (1 - 1e-3)
+        even = torch.special.ndtr(torch.logit(even)) if times == "logit_normal" else even
+        assert (1000 * even.sort()[0] - torch.arange(1000) - 0.5).abs().max() < 0.51
+
+
 # ------------------------------------------------------------------------------------------------------ full disk
 
 
@@ -420,9 +560,10 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(home):
     args = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=100", "--save_interval=1", "--out_dir=wild"]
     done = call("train.py", *TINY, *args, "--seed=3", cwd=home)
     assert "Traceback" not in done.stderr
-    first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.returncode).groups())
+    assert done.returncode == 1
+    first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.stderr).groups())
     assert last - first >= 9 and last <= 30
-    assert f"Data.batch(o, {first - 1}, range(4), model), seed=3" in done.returncode
+    assert f"Data.batch(o, {first - 1}, model), seed=3" in done.stderr
     log = read_log(home / "wild")
     assert sum(record.get("skipped", 0) for record in log) >= 1
     if (home / "wild/ckpt.pt").is_file():
@@ -435,7 +576,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home):
     o = train.Options(**SIZES, data_dir=str(home / "data"))
     model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
     data = train.Data(o)
-    seen = [{*data.batch(o, step, range(4), model)[2].flatten().tolist()} for step in range(20, 40)]
+    seen = [{*data.batch(o, step, model)[2].flatten().tolist()} for step in range(20, 40)]
     count = lambda token: sum(token in tokens for tokens in seen)
     token = next(t for t in range(meta["vocab_size"]) if 2 <= count(t) <= 4)
     spoilt = [token in tokens for tokens in seen]
@@ -464,7 +605,7 @@ def test_ten_in_a_row_stop_the_run(home):
 
     put_checkpoint(home, "still", spoil)
     done = call("train.py", "--init_from=resume", "--out_dir=still", "--max_steps=40", "--log_interval=10", cwd=home)
-    assert "not finite in steps 21 to 30" in done.returncode
+    assert done.returncode == 1 and "not finite in steps 21 to 30" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- pleasure
@@ -509,7 +650,7 @@ OTHERS = {
     "no step": lambda saved: saved.update(step=None),
     "another width": lambda saved: saved["config"].update(n_embd=64),
     "half a weight": lambda saved: saved["ema"].update({"vocab_embed.weight": saved["ema"]["vocab_embed.weight"][::2]}),
-    "no optimiser": lambda saved: saved["optimizer"]["adamw"].pop("param_groups"),
+    "no optimiser": lambda saved: saved["optimizer"].pop("adamw"),
     "no moments": lambda saved: saved["optimizer"]["adamw"]["state"].clear(),
     "other moments": lambda saved: saved["optimizer"]["adamw"]["state"][3].update(exp_avg=torch.zeros(5)),
     "a step before the first": lambda saved: saved.update(step=-5),
@@ -521,7 +662,7 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_checkpoints_of_another_version(home, change):
     put_checkpoint(home, "version", change)
-    done = call("train.py", "--init_from=resume", "--out_dir=version", "--eval_only", cwd=home)
+    done = call("train.py", "--init_from=resume", "--out_dir=version", "--max_steps=30", cwd=home)
     complains(done, "train.py", "version/ckpt.pt", "another version")
 
 
