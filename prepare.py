@@ -21,7 +21,7 @@ import tiktoken
 from config import Seed, Whole, fail, parse, progress, run
 
 END_OF_TEXT = 50256  # GPT-2's
-SPLITS = "train", "validation", "test"  # the hub's names
+SPLITS = "train", "validation", "test"  # as the hub calls them; our files say val
 BLOCK = 2000  # texts that are read and encoded together; of each block OpenWebText gives one to val: 0.05%
 
 
@@ -31,7 +31,7 @@ class Options:
 
     name: str = "pydocs"  # or shakespeare_char, owt, text8, wikitext2, wikitext103, ptb, lambada, lm1b, shakespeare
     input: str = ""  # a UTF-8 text file to prepare under this name, which then is any
-    tokenizer: Literal["char", "bpe", "gpt2"] = "char"  # a token a character; BPE learned from the text; GPT-2's BPE
+    tokenizer: Literal["bpe", "char", "gpt2"] = "char"  # BPE learned from the text; a token a character; GPT-2's BPE
     vocab_size: Annotated[int, 256, 2**20] = 1024  # tokens that bpe learns, with the 256 single bytes
     source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
     workers: Whole = 0  # threads that tokenize; 0: one a core
@@ -145,35 +145,35 @@ LAMBADA = [("“", '"'), ("”", '"'), (re.compile(r"(?s)\A\s*(.*?)\s*\Z"), r"\n
 class Set:
     """Where a data set is, and what becomes of its rows: examples that end in END_OF_TEXT, or pieces of one text."""
 
-    path: str  # on the Hugging Face hub, or a URL
-    files: str = ""  # of a split there; never a partial-train, all that the hub converts of a set over 5 GB
-    sizes: tuple = ()  # known of SPLITS, in rows, or in characters of one text; 0: there is no such split
+    path: str  # on the Hugging Face hub, if there are `files`; else a file or URL
+    files: str = ""  # of a split; never a partial-train, which is all that the hub converts of more than 5 GB
+    sizes: tuple = ()  # what is known of SPLITS, in rows, or in characters of one text; 0: there is no such split
     rules: list = ()
     column: str = "text"
     revision: str = "main"
     one_text: bool = False
     tokenizer: str = "gpt2"
-    letters: str = ""  # all characters of a set for which they are given, and not those of the text
+    letters: str = ""  # the vocabulary by characters, where the set and not the text defines it
 
 
-# `datasets` no longer runs scripts. Of the sets that were one, the hub has a conversion, which it renews no more: it is
-# pinned, but for ptb's, whose commit we do not know.
+# `datasets` no longer runs scripts. Of the sets that were scripts the hub has an old conversion to parquet, here pinned;
+# for ptb we do not know the commit.
 SETS = {
     "pydocs": Set("pydoc_data.topics of Python " + sys.version.split()[0], one_text=True, tokenizer=Options.tokenizer),
     "shakespeare_char": Set("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                             one_text=True, tokenizer="char"),
     "owt": Set("Skylion007/openwebtext", "plain_text/{}-*-of-00080.parquet", (8013769, 0, 0)),
-    "text8": Set("afmck/text8", "data/{}-*", (90000000, 5000000, 5000000), one_text=True, tokenizer="char",
+    "text8": Set("afmck/text8", "data/{}-*.parquet", (90000000, 5000000, 5000000), one_text=True, tokenizer="char",
                  letters=" abcdefghijklmnopqrstuvwxyz"),
-    "wikitext2": Set("Salesforce/wikitext", "wikitext-2-raw-v1/{}-*", (36718, 3760, 4358), WIKITEXT),
-    "wikitext103": Set("Salesforce/wikitext", "wikitext-103-raw-v1/{}-*", (1801350, 3760, 4358), WIKITEXT),
-    "ptb": Set("ptb-text-only/ptb_text_only", "penn_treebank/{}/*", (42068, 3370, 3761), PTB, "sentence",
+    "wikitext2": Set("Salesforce/wikitext", "wikitext-2-raw-v1/{}-*.parquet", (36718, 3760, 4358), WIKITEXT),
+    "wikitext103": Set("Salesforce/wikitext", "wikitext-103-raw-v1/{}-*.parquet", (1801350, 3760, 4358), WIKITEXT),
+    "ptb": Set("ptb-text-only/ptb_text_only", "penn_treebank/{}/*.parquet", (42068, 3370, 3761), PTB, "sentence",
                "refs/convert/parquet"),
-    "lambada": Set("EleutherAI/lambada_openai", "default/{}/*", (0, 0, 5153), LAMBADA,
+    "lambada": Set("EleutherAI/lambada_openai", "default/{}/*.parquet", (0, 0, 5153), LAMBADA,
                    revision="761609c75432cf25d076cd41b8182b7f3ceaae6e"),
-    "lm1b": Set("billion-word-benchmark/lm1b", "plain_text/{}/*", (30301028, 0, 306688), LM1B,
+    "lm1b": Set("billion-word-benchmark/lm1b", "plain_text/{}/*.parquet", (30301028, 0, 306688), LM1B,
                 revision="8d52bfd3cc2819fc1166dbb8144c328e2690de3e"),
-    "shakespeare": Set("karpathy/tiny_shakespeare", "data/{}-*", (1003854, 55770, 55770), one_text=True,
+    "shakespeare": Set("karpathy/tiny_shakespeare", "data/{}-*.parquet", (1003854, 55770, 55770), one_text=True,
                        revision="fe12e06d82fe3af4291b90426557387520d81385"),
 }  # fmt: skip
 
@@ -203,7 +203,7 @@ def read_text(kind):
 def read_rows(name, source, seed, counts):
     """(split, list of up to BLOCK texts) of a set in its order, from the folder `source` or from the hub.
 
-    From the hub whole files go to its cache first: what breaks off goes on from there at the next call.
+    From the hub whole files go to its cache first, where the next call finds those that have come.
     What is read of each split is counted in the Counter `counts`, in the unit of Set.sizes.
     """
     import datasets
@@ -240,9 +240,7 @@ def read_rows(name, source, seed, counts):
 def cut(text, source):
     """The text as train, val and test: 90, 5 and 5 percent of its characters."""
     if len(text.strip()) < 20:
-        fail(
-            f"{source} is empty or too short, {len(text.strip())} characters: it takes 20 to leave some for each split"
-        )
+        fail(f"{source} is empty or short ({len(text)} characters): it takes 20 to leave some for validation and test")
     a, b = int(0.9 * len(text)), int(0.95 * len(text))
     return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
@@ -314,10 +312,10 @@ def main():
 
     def encoded():
         with ThreadPoolExecutor(o.workers or os.cpu_count()) as pool, progress(unit=" texts", delay=1) as bar:
-            for split, texts in blocks:
-                texts = [detokenize(text, kind.rules) for text in texts]
-                yield split, np.concatenate([*pool.map(encode, texts)]), sum(len(text.encode()) for text in texts)
-                bar.update(len(texts))
+            for split, block in blocks:
+                block = [detokenize(text, kind.rules) for text in block]
+                yield split, np.concatenate([*pool.map(encode, block)]), sum(len(text.encode()) for text in block)
+                bar.update(len(block))
 
     folder = Path(o.data_dir) / o.name
     try:
@@ -328,8 +326,8 @@ def main():
         fail(f"cannot write {folder}: {error.strerror or error}")
     for split, known in zip(SPLITS, kind.sizes):
         if split in counts and counts[split] != known:
-            print(f"prepare.py: {source}: {split} has {counts[split]:,} {'characters' if kind.one_text else 'rows'}, "
-                  f"but the whole set {known:,}", file=sys.stderr)  # fmt: skip
+            unit = "characters" if kind.one_text else "rows"
+            print(f"prepare.py: {split} of {source} has {counts[split]:,} {unit}, not {known:,}", file=sys.stderr)
     sizes = ", ".join(f"{name} {size:,}" for name, size in meta["sizes"].items())
     print(f"{folder}: {sizes} tokens of {meta['vocab_size']:,} kinds, from {source}")
 
