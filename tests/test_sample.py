@@ -427,6 +427,12 @@ def test_no_judge(home, judges, monkeypatch):
     complains(ask("no/judge"), "sample.py", "'no/judge'", "causal language model")
     complains(ask("published"), "sample.py", "'published'", "causal language model")
     complains(ask("mute"), "sample.py", "'mute'", "no tokenizer")
+    shutil.copytree(home / "judge", home / "holey")
+    network = judges.GPT2LMHeadModel.from_pretrained(home / "judge")
+    weights = network.state_dict()
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    network.save_pretrained(home / "holey", state_dict=weights)
+    complains(ask("holey"), "sample.py", "'holey'", "no weights for transformer.h.0.mlp.c_fc.weight")
     (home / "coded").mkdir()
     code = {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}
     (home / "coded/config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))
