@@ -8,10 +8,12 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -71,7 +73,7 @@ class Options:
     log_interval: Count = 10  # steps between lines of log.jsonl
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto: bfloat16 where it is fast
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matmuls; auto: what is fast here
     compile: Literal["auto", "True", "False"] = "auto"  # torch.compile; auto: where it works, for 500 steps or more
 
 
@@ -79,6 +81,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # Training leaves out the first thousandth of time, where the uniform graph's rare losses explode.
 T_MIN = 1e-3
+
+# Operations a second in 16 bits, without sparsity, as the makers give them.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+         "L4": 121e12, "T4": 65e12}  # fmt: skip
 
 OF_THE_FILES = "source", "dtype", "sizes", "bytes"  # what meta.json tells of these files and not of the tokens
 SHAPE = [field.name for field in fields(SEDDConfig) if field.name != "vocab_size"]
@@ -99,6 +105,7 @@ def find_device(name):
         fail(f"device={name!r} is not to be had here: try --device=auto")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # a switch of SDPA on all devices
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: fetching it anew is a tenth of a large step
@@ -108,13 +115,13 @@ def find_device(name):
 
 
 def find_dtype(name, device):
-    """bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    )  # fmt: skip
-    return torch.bfloat16 if fast else torch.float32
+    """bfloat16 on CUDA and on CPUs with instructions for it, float16 on older GPUs, else float32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if name == "auto":
+        avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        name = "bfloat16" if device.type == "cpu" and avx512() else "float32"
+    return getattr(torch, name)
 
 
 def can_compile(device):
@@ -210,8 +217,9 @@ class State:
     so that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
 
-    def __init__(self, model, o):
+    def __init__(self, model, o, dtype=torch.float32):
         self.model, self.average, self.step = model, copy.deepcopy(model).eval().requires_grad_(False), 0
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
         named = model.blocks.named_parameters() if o.optimizer == "muon" else []
         matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
         rest, options = [p for p in model.parameters() if p not in matrices], {"lr": 0.0, "weight_decay": o.weight_decay}
@@ -237,6 +245,7 @@ class State:
         scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
         checkpoint = {
             "model": self.model.state_dict(), "ema": self.average.state_dict(), "step": self.step,
+            "scaler": self.scaler.state_dict(),
             "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
             "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
         }  # fmt: skip
@@ -265,6 +274,8 @@ class State:
             for p in optimizer.param_groups[0]["params"]:
                 if {tensor.shape for tensor in optimizer.state[p].values() if tensor.ndim} != {p.shape}:
                     raise ValueError("its optimiser is not that of its weights")
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.step = checkpoint["step"]
         if self.step < 1:
             raise ValueError("it is of no step")
@@ -321,6 +332,26 @@ class Data:
         return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
 
 
+def feed(o, data, model, start, device):
+    """This process's share of the batch of each step: a part of every noise level, for the times are spread over a batch.
+
+    On CUDA a thread makes the next one ready, in pinned memory, while the GPU works.
+    """
+
+    def share(step):
+        batch = [tensor[RANK::WORLD] for tensor in data.batch(o, step, model)]
+        return [tensor.pin_memory() for tensor in batch] if device.type == "cuda" else batch
+
+    if device.type != "cuda":
+        yield from map(share, range(start, o.max_steps))
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(share, start)
+        for step in range(start, o.max_steps):
+            batch, ahead = ahead.result(), pool.submit(share, step + 1)
+            yield batch
+
+
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
@@ -372,6 +403,33 @@ def learning_rate(o, step):
     progress = min(1.0, max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)))
     left = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "none": 1.0}[o.decay_lr]
     return o.learning_rate * warm * left
+
+
+def attention_kernel(model, device, dtype):
+    """Which of its kernels scaled_dot_product_attention takes for training here."""
+    c = model.config
+    q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype, requires_grad=True)
+    with training_attention(device):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
+
+
+def speed(o, model, seconds, device, dtype):
+    """What log.jsonl tells of a step that takes so many seconds; mfu is the share of the card's peak, where it is known.
+
+    The operations counted are those that a step cannot do without: no logits where there is no loss.
+    """
+    tokens, c, peak = o.batch_size * o.block_size, model.config, None
+    told = {"ms": round(1000 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
+    if device.type == "cuda":
+        told["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        name = torch.cuda.get_device_name(device)
+        peak = next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
+    if peak and dtype != torch.float32:
+        trunk = sum(p.numel() for name, p in model.blocks.named_parameters() if "adaLN" not in name)
+        head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.exact else 1)
+        work = tokens * (6 * (trunk + head) + 12 * c.n_layer * c.n_embd * c.block_size)
+        told["mfu"] = round(work / seconds / WORLD / peak, 3)
+    return told
 
 
 def catch_signals():
@@ -488,11 +546,10 @@ def main():
         fail(f"{path if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
              "name the data set that it was trained on")  # fmt: skip
     try:
-        config = SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE})
+        torch.manual_seed(o.seed)
+        model = MODELS[o.parameterization](SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE}))
     except ValueError as error:
         fail(error)
-    torch.manual_seed(o.seed)
-    model = MODELS[o.parameterization](config)
     if trained:
         model.load_state_dict(trained.state_dict())
     model.to(device)
@@ -503,7 +560,7 @@ def main():
             print(f"{name}: {describe(model, bound, error, data.meta, o.eval_split)}")
         status = 0
     else:
-        state = State(model, o)
+        state = State(model, o, dtype)
         if checkpoint:
             with reading(path):
                 state.load(checkpoint)
@@ -511,11 +568,17 @@ def main():
         compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
         if compiled:
             model.compile()
-        network = DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+        network = model
+        if WORLD > 1:
+            torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two, to overlap what does so anyway
+            # its buffers are constants: none is to be sent around
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, dict(model.named_buffers()))
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if log:
             print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
-                  f"{str(dtype).removeprefix('torch.')}{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens "
-                  f"a step, steps {state.step} to {o.max_steps}; output in {o.out_dir}/")  # fmt: skip
+                  f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
+                  f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
+                  f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
         status = train(o, data, state, network, log, count, device, dtype)
     if WORLD > 1:
         dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
@@ -525,28 +588,30 @@ def main():
 
 def train(o, data, state, network, log, count, device, dtype):
     """The steps that are left, each in `count` micro-batches; returns the exit status."""
-    model, path, tokenizer = state.model.train(), Path(o.out_dir) / "ckpt.pt", None
+    model, scaler, path, tokenizer = state.model.train(), state.scaler, Path(o.out_dir) / "ckpt.pt", None
     with contextlib.suppress(OSError):  # GPT-2's BPE files are not to be had: then no text is shown
         tokenizer = Tokenizer(data.meta)
     if log and state.step < o.max_steps:
         log.write({"step": state.step, "options": asdict(o)})
     bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
     losses, seconds, skipped, in_a_row, stop, saved, caught = [], 0.0, 0, 0, 0, True, catch_signals()
+    batches = feed(o, data, model, state.step, device)
     for step in range(state.step, o.max_steps):
         began = time.perf_counter()
         torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
-        batch, loss = data.batch(o, step, model), 0.0
+        loss, batch = 0.0, next(batches)
         for i in range(count):
-            # the times are spread over the batch: so each process and each micro-batch gets all noise levels alike
-            x0, t, x = (tensor[RANK + i * WORLD :: count * WORLD].to(device) for tensor in batch)
+            x0, t, x = (tensor[i::count].to(device, non_blocking=device.type == "cuda") for tensor in batch)
             network.require_backward_grad_sync = i == count - 1
             with autocast(device, dtype), training_attention(device):
                 part = model.loss(x0, t, x, network).mean() / (count * o.block_size)
-            part.backward()
+            scaler.scale(part).backward()
             loss += part.detach()
+        for optimizer in state.optimizers.values():
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
 
-        flags = torch.stack([~(norm + loss).isfinite(), torch.tensor(max(caught, default=0), device=device)])
+        flags = torch.stack([~(norm + loss).isfinite(), torch.full((), max(caught, default=0), device=device)])
         if WORLD > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         bad, stop = flags.tolist()
@@ -554,7 +619,10 @@ def train(o, data, state, network, log, count, device, dtype):
             state.update(learning_rate(o, step), o.ema)
             losses.append(loss)
         model.zero_grad()
-        skipped, in_a_row, state.step = skipped + bad, (in_a_row + 1) * bad, step + 1
+        # float16 begins with a scale that is too large, and steps are left out while it comes down
+        in_a_row = in_a_row + (scaler.get_scale() <= 1) if bad else 0
+        scaler.update()
+        skipped, state.step = skipped + bad, step + 1
         if in_a_row == 10:
             give_up(o, step)
         seconds += time.perf_counter() - began
@@ -564,10 +632,10 @@ def train(o, data, state, network, log, count, device, dtype):
             mean = torch.stack(losses).mean() if losses else torch.full((), math.nan, device=device)
             if WORLD > 1:
                 dist.all_reduce(mean)
-            rate = (len(losses) + skipped) * o.batch_size * o.block_size / seconds
-            record = {"loss": mean.item() / WORLD, "lr": learning_rate(o, step), "tokens_per_s": round(rate)}
+            record = {"loss": mean.item() / WORLD, "norm": norm.item(), "lr": learning_rate(o, step)}
+            record |= speed(o, model, seconds / (len(losses) + skipped), device, dtype)
             record |= {"skipped": skipped} if skipped else {}
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s", refresh=False)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
             losses, seconds, skipped = [], 0.0, 0
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
             bound, error = evaluate(state.average, data, o, device, dtype)
@@ -601,5 +669,23 @@ def give_up(o, step):
     sys.exit(1)
 
 
+class Output:
+    """A stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     run(main, "a smaller --micro_batch_size, --block_size or model")

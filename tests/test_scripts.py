@@ -525,7 +525,7 @@ BAD = {
         ("--n_layer=2.5", "n_layer", "a whole number", "'2.5'"),
         ("--decay_lr=perhaps", "decay_lr", "linear, cosine, none", "'perhaps'"),
         ("--eval_only=perhaps", "eval_only", "True, False", "'perhaps'"),
-        ("--dtype=foo", "dtype", "auto, bfloat16, float32", "'foo'"),
+        ("--dtype=foo", "dtype", "auto, bfloat16, float16, float32", "'foo'"),
         ("--graph=none", "graph", "absorb, uniform", "'none'"),
         ("--compile=maybe", "compile", "auto, True, False", "'maybe'"),
         ("--max_steps", "--max_steps", "expected one argument"),

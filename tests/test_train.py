@@ -464,7 +464,7 @@ def test_process_0_decides_for_all_whether_to_resume(home):
 def test_the_log_names_what_was_measured(home, option, keys):
     works(call("train.py", *TINY, option, "--max_steps=1", "--out_dir=named", cwd=home))
     (record,) = read_log(home / "named")
-    assert record.keys() == {"step", "loss", "lr", "tokens_per_s"} | keys
+    assert record.keys() == {"step", "loss", "norm", "lr", "ms", "tokens_per_s"} | keys
     assert json.loads((home / "named/log.jsonl").read_text().splitlines()[0])["options"]["out_dir"] == "named"
 
 
