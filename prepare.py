@@ -156,8 +156,8 @@ class Set:
     letters: str = ""  # the vocabulary by characters, where the set and not the text defines it
 
 
-# `datasets` no longer runs scripts. Of the sets that were scripts the hub has an old conversion to parquet, here pinned;
-# for ptb we do not know the commit.
+# `datasets` no longer runs scripts. Of sets that were scripts the hub keeps an old conversion to parquet: it is pinned
+# here, but for ptb's, whose commit we do not know.
 SETS = {
     "pydocs": Set("pydoc_data.topics of Python " + sys.version.split()[0], one_text=True, tokenizer=Options.tokenizer),
     "shakespeare_char": Set("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -253,8 +253,8 @@ def pieces(text, size=1 << 20):
 def write(folder, encoded, meta):
     """Write (split, tokens, bytes) as they come, and meta, into `folder`: all of it, or nothing.
 
-    Other files there, such as the text itself, stay. The folder is without meta.json, and so not a data set,
-    while the finished files move in.
+    Other files there, such as the text itself, stay. While the finished files move in, meta.json is empty, and the
+    folder no data set: without a meta.json, train.py would take it for one of nanoGPT's.
     """
     first = next(encoded, None)  # what cannot be read fails before anything is touched
     if first is None:
@@ -268,7 +268,8 @@ def write(folder, encoded, meta):
             meta["bytes"][split] += num_bytes
         Path(scratch, "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
         folder.mkdir(exist_ok=True)
-        for name in "meta.json", "train.bin", "val.bin", "test.bin":
+        (folder / "meta.json").write_text("")
+        for name in "train.bin", "val.bin", "test.bin":
             (folder / name).unlink(missing_ok=True)
         for name in *(f"{split}.bin" for split in meta["sizes"]), "meta.json":
             os.replace(f"{scratch}/{name}", folder / name)

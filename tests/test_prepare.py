@@ -199,9 +199,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def send(self, body, status=200):
         self.send_response(status)
-        for key, value in {"Content-Length": len(body), "Content-Type": "application/json", "X-Repo-Commit": self.commit,
-                           "ETag": hashlib.sha1(self.path.encode()).hexdigest()}.items():  # fmt: skip
-            self.send_header(key, str(value))
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[: self.server.stall])
@@ -455,13 +455,14 @@ def test_text8(kind, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe", "gpt2"])
 def test_bytes_of_a_text_of_ones_own(tokenizer, tmp_path):
-    text = "Größe, naïve — 日本語 🙂 and plain words\n" * 30
+    text = "Größe, naïve — 日本語 🙂 and plain words, <|endoftext|> among them\n" * 30
     (tmp_path / "some.txt").write_text(text, encoding="utf-8")
     works(call("prepare.py", "mine", "--input=some.txt", f"--tokenizer={tokenizer}", cwd=tmp_path))
     meta, splits = read(tmp_path / "data/mine")
     decode = prepare.Tokenizer(meta).decode
     assert meta["bytes"] == {split: len(decode(tokens).encode()) for split, tokens in splits.items()}
     assert sum(meta["bytes"].values()) == len(text.encode())
+    assert "".join(decode(splits[split]) for split in ("train", "val", "test")) == text
 
 
 def test_long_text8_is_encoded_in_pieces(tmp_path):
@@ -588,6 +589,23 @@ def test_full_disk_leaves_the_data_as_it_was(pages, tmp_path):
     assert (process.returncode, out) == (2, "")
     assert err.splitlines() == ["prepare.py: error: cannot write data/owt: File too large"]
     assert files(tmp_path) == before and os.listdir(tmp_path / "data") == ["owt"]
+
+
+def test_folder_is_no_data_set_while_files_move_in(tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    works(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path))
+    replace, calls = os.replace, []
+
+    def stop_at_the_second(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    complains(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path), "prepare.py", "data/mine", "Input/output")
+    assert len(calls) == 2 and (tmp_path / "data/mine/train.bin").exists() and os.listdir(tmp_path / "data") == ["mine"]
+    complains(call("train.py", "--dataset=mine", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
 
 
 def test_splits_that_a_set_lacks_are_gone(tmp_path):
