@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -72,38 +73,35 @@ def pieces_of(prompt, block_size):
 
 
 def write(model, prompt, pieces, steps, sampler, show):
-    """prompt (B, N) -> tokens (B, N). show(step, x) sees the first text up to the end of the piece being written."""
+    """prompt (B, N) -> tokens (B, N). show(before, step, x) sees each state of a piece, and what stands before it."""
     x = prompt.clone()
     for piece in pieces:
-        before = x[0, : piece.start]
-        x[:, piece] = model.generate(
-            x[:, piece], steps, sampler, lambda step, part, before=before: show(step, torch.cat([before, part[0]]))
-        )
+        x[:, piece] = model.generate(x[:, piece], steps, sampler, partial(show, x[0, : piece.start]))
     return x
 
 
 @contextlib.contextmanager
 def showing(total, tokenizer, watch):
-    """Gives a `show` for `write`: a bar that is gone when the texts come, and to watch, the first text above it.
+    """Gives a `show` for `write`, which moves a bar of `total` steps. The bar is gone when the texts come.
 
-    A dot is a token still to come. A model too fast for the eye is slowed down, and frames that would be too many left out.
+    With `watch`, the first text stands above the bar, a dot for each token still to come, for 6 seconds or more.
     """
     look = {"file": sys.stdout, "delay": 1 / 25, "mininterval": 1 / 25} if watch else {"delay": 0.5}
-    least_seconds = 6 if watch else 0
     with progress(total=total, unit="step", leave=False, **look) as bar:
 
-        def show(step, x):
-            due = bar.start_t + least_seconds * (bar.n + (step > 0)) / total
-            time.sleep(max(0.0, due - time.time()))
-            drawn = bar.update(step > 0)
-            if watch and (drawn or bar.n in (0, total)):
-                runs = itertools.groupby(x.tolist(), lambda token: 0 <= token < tokenizer.vocab_size)
+        def show(before, step, x):
+            drawn = bar.update(step > 0) or bar.n in (0, total)
+            if watch and drawn:
+                tokens = torch.cat([before, x[0]]).tolist()
+                runs = itertools.groupby(tokens, lambda token: 0 <= token < tokenizer.vocab_size)
                 text = "".join(tokenizer.decode(list(run)) if known else "·" * len(list(run)) for known, run in runs)
                 print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text) + "\n\033[999H", end="", flush=True)
                 bar.refresh()
+            if watch:  # a fast model waits for the eye
+                time.sleep(max(0.0, bar.start_t + 6 * bar.n / total - time.time()))
 
         try:
-            print("\033[?1049h\033[?25l" if watch else "", end="")  # the second screen, without a cursor
+            print("\033[?1049h\033[?25l" if watch else "", end="")  # a second screen, without a cursor
             yield show
         finally:
             print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)

@@ -221,9 +221,10 @@ def test_pieces_join_without_loss(block_size, length):
             continue
         model, seen = Alphabet(11, block_size), []
         pieces = sample.pieces_of(prompt, block_size)
-        x = sample.write(model, torch.tensor([prompt] * 3), pieces, 2, "tweedie", lambda step, x: seen.append(x))
+        x = sample.write(model, torch.tensor([prompt] * 3), pieces, 2, "tweedie", lambda *state: seen.append(state))
         assert x.tolist() == [[(5 + i) % 11 for i in range(length)]] * 3
-        assert len(seen) == 3 * len(pieces) and seen[-1].tolist() == x[0].tolist()
+        assert [step for _, step, _ in seen] == [0, 1, 2] * len(pieces)
+        assert torch.equal(torch.cat([seen[-1][0], seen[-1][2][0]]), x[0])
 
 
 @pytest.mark.parametrize("model", ["score", "uniform", "causal"])
@@ -426,6 +427,12 @@ def test_no_judge(home, judges, monkeypatch):
     complains(ask("no/judge"), "sample.py", "'no/judge'", "causal language model")
     complains(ask("published"), "sample.py", "'published'", "causal language model")
     complains(ask("mute"), "sample.py", "'mute'", "no tokenizer")
+    shutil.copytree(home / "judge", home / "holey")
+    network = judges.GPT2LMHeadModel.from_pretrained(home / "judge")
+    weights = network.state_dict()
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    network.save_pretrained(home / "holey", state_dict=weights)
+    complains(ask("holey"), "sample.py", "'holey'", "no weights for transformer.h.0.mlp.c_fc.weight")
     (home / "coded").mkdir()
     code = {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}
     (home / "coded/config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))

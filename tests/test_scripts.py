@@ -620,7 +620,7 @@ BAD = {
         (f"--prefix={32 * 'a'}", "nothing to generate", "--infill"),
         ("--infill=nothing", "nothing to generate", "{20}"),
         ("--infill={0}", "nothing to generate"),
-        ("--infill={1000000} {1}", "at most 1,000,000 tokens", "fewer"),
+        ("--infill={1000000}a{1}", "at most 1,000,000 tokens", "fewer"),
         ("--infill={99999999999}", "at most 1,000,000 tokens", "fewer"),
         ("--infill={3} --prefix=a", "--infill", "--prefix"),
         ("--out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
