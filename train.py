@@ -363,16 +363,16 @@ def evaluate(model, data, o, device, dtype, tell=False):
     if tell:
         print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} "
               f"times; dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
-    bounds = torch.zeros(len(rows), device=device)
+    bounds = torch.zeros(len(rows))
     for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not tell)):
         if k % WORLD == RANK:
             torch.manual_seed(mixed_seed(o.seed, k))
             x0 = data.checked(torch.from_numpy(blocks[rows[part.numpy()]].astype(np.int64))).to(device)
             with autocast(device, dtype):
-                bounds[part] = model.nll(x0, o.eval_times)
+                bounds[part] = model.nll(x0, o.eval_times).cpu()
     if WORLD > 1:
         dist.all_reduce(bounds)
-    bounds = bounds.cpu().double() / L
+    bounds = bounds.double() / L
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
