@@ -8,11 +8,12 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,15 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-from config import fail, parse, progress
+from config import Amount, Count, Fraction, Seed, Whole, fail, parse, progress, run
 from prepare import Tokenizer
-from sedd import GPT, GRAPHS, MODELS, NOISES, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
+from sedd import GRAPHS, MODELS, NOISES, SEDD, SEDDConfig
 
 
 @dataclass
@@ -45,46 +42,53 @@ class Options:
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal[tuple(NOISES)] = "loglinear"  # how noise grows with time
     parameterization: Literal[tuple(MODELS)] = "score"  # what is learned: SEDD, D3PM, or GPT
-    block_size: int = 128  # tokens in a sequence
-    n_layer: int = 4  # transformer blocks
-    n_head: int = 3  # attention heads
-    n_embd: int = 192  # width
-    cond_dim: int = 64  # width of the embedding of sigma
-    dropout: float = 0.0  # on the branches of the blocks
+    block_size: Count = 128  # tokens in a sequence
+    n_layer: Count = 4  # transformer blocks
+    n_head: Count = 3  # attention heads
+    n_embd: Count = 192  # width
+    cond_dim: Count = 64  # width of the embedding of sigma
+    dropout: Fraction = 0.0  # on the branches of the blocks
     # optimisation
     times: Literal["uniform", "logit_normal"] = "logit_normal"  # draws of t: the paper's, or more around 1/2
-    max_steps: int = 1250  # optimiser steps
-    batch_size: int = 32  # sequences a step, over all processes and micro-batches
-    micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
+    max_steps: Count = 1250  # optimiser steps
+    batch_size: Count = 32  # sequences a step, over all processes and micro-batches
+    micro_batch_size: Whole = 0  # sequences a process holds at a time; 0: its whole share of the batch
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
-    learning_rate: float = 1.2e-2  # of both, after the warm-up
-    warmup_steps: int = 50  # steps of linear growth from 0
+    learning_rate: Amount = 1.2e-2  # of both, after the warm-up
+    warmup_steps: Whole = 50  # steps of linear growth from 0
     decay_lr: Literal["linear", "cosine", "none"] = "linear"  # how it then falls to 0 at max_steps; none: not
-    weight_decay: float = 0.0  # of both optimisers
-    beta2: float = 0.98  # memory of AdamW for the size of gradients
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
-    ema: float = 0.999  # decay of the averaged weights, which are evaluated and sampled
-    seed: int = 1337  # of the weights, batches, times, noise and dropout
+    weight_decay: Amount = 0.0  # of both optimisers
+    beta2: Fraction = 0.98  # memory of AdamW for the size of gradients
+    grad_clip: Amount = 1.0  # largest norm of the gradient; 0: any
+    ema: Fraction = 0.999  # decay of the averaged weights, which are evaluated and sampled
+    seed: Seed = 1337  # of the weights, batches, times, noise and dropout
     # evaluation and checkpoints
     eval_only: bool = False  # print the bound of the start weights and stop
     eval_split: Literal["val", "test", "train"] = "val"  # what is evaluated
-    eval_interval: int = 500  # steps between evaluations
-    eval_sequences: int = 128  # sequences evaluated, evenly spread over the split; 0: all of it
-    eval_times: int = 8  # times per sequence in the bound's integral
-    save_interval: int = 500  # steps between checkpoints
-    log_interval: int = 10  # steps between lines of log.jsonl
+    eval_interval: Count = 500  # steps between evaluations
+    eval_sequences: Whole = 128  # sequences evaluated, evenly spread over the split; 0: all of it
+    eval_times: Count = 8  # times per sequence in the bound's integral
+    save_interval: Count = 500  # steps between checkpoints
+    log_interval: Count = 10  # steps between lines of log.jsonl
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto: bfloat16 where it is fast
-    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile the blocks; auto: where it works and pays
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the matmuls; auto: what is fast here
+    compile: Literal["auto", "True", "False"] = "auto"  # torch.compile; auto: where it works, for 500 steps or more
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}  # what an optimiser knows of a parameter
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # Training leaves out the first thousandth of time, where the uniform graph's rare losses explode.
 T_MIN = 1e-3
+
+# Operations a second in 16 bits, without sparsity, as the makers give them.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+         "L4": 121e12, "T4": 65e12}  # fmt: skip
+
+OF_THE_FILES = "source", "dtype", "sizes", "bytes"  # what meta.json tells of these files and not of the tokens
+SHAPE = [field.name for field in fields(SEDDConfig) if field.name != "vocab_size"]
+
+# -------------------------------------------------------------------------------------------------- machine
 
 
 def find_device(name):
@@ -98,21 +102,25 @@ def find_device(name):
         torch.zeros(1, device=device).item()
     except Exception:
         fail(f"device={name!r} is not to be had here: try --device=auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # a switch of SDPA on all devices
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: fetching it anew is a tenth of a large step
-            ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0), ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            for parameter, value in (-4, 0), (-1, 2**31 - 1):  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+                ctypes.CDLL(None).mallopt(parameter, value)
     return device
 
 
 def find_dtype(name, device):
-    """bfloat16 on CUDA and on CPUs with instructions for it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    )  # fmt: skip
-    return torch.bfloat16 if fast else torch.float32
+    """bfloat16 on CUDA and on CPUs with instructions for it, float16 on older GPUs, else float32."""
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if name == "auto":
+        avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        name = "bfloat16" if device.type == "cpu" and avx512() else "float32"
+    return getattr(torch, name)
 
 
 def can_compile(device):
@@ -133,161 +141,16 @@ def training_attention(device):
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-def load_checkpoint(path):
-    """The dict that train() saved, on the CPU; fails in one line at anything else."""
-    path = Path(path)
-    if not os.path.isfile(path):  # False for what no file can be called
-        fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["meta"]["tokenizer"], range(checkpoint["step"])
-        options, config = Options(**checkpoint["options"]), SEDDConfig(**checkpoint["config"])
-        with torch.device("meta"):  # shapes without numbers
-            model = MODELS[config.parameterization](config)
-        shapes = lambda weights: {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-        if not shapes(checkpoint["model"]) == shapes(checkpoint["ema"]) == shapes(model.state_dict()):
-            raise ValueError("its weights are not those of its config")
-        if checkpoint["step"] < 1:
-            raise ValueError("it is of no step")
-        for name, parameters in shares(model, options.optimizer).items():
-            moments, (group,) = checkpoint["optimizer"][name]["state"], checkpoint["optimizer"][name]["param_groups"]
-            if group["params"] != list(range(len(parameters))) or any(
-                moments[i][moment].shape != p.shape for i, p in enumerate(parameters) for moment in MOMENTS[name]
-            ):
-                raise ValueError("its optimiser is not that of its weights")
-        if not all_finite(checkpoint):
-            raise ValueError("its numbers are not all finite")
-    except Exception as error:
-        why = str(error) if type(error) is ValueError else type(error).__name__
-        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({why})")
-    return checkpoint
-
-
-def all_finite(checkpoint):
-    moments = [part for optimizer in checkpoint["optimizer"].values() for part in optimizer["state"].values()]
-    numbers = [checkpoint["model"], checkpoint["ema"], *moments]
-    return all(tensor.isfinite().all() for part in numbers for tensor in part.values())
-
-
-def save_checkpoint(path, checkpoint):
-    """Write to a temporary name and rename: whenever the machine stops, `path` is a whole checkpoint.
-
-    OSError where the disk is full, ValueError where a number is not finite; `path` is then what it was before.
-    """
-    if not all_finite(checkpoint):
-        raise ValueError("its numbers are not all finite")
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        with open(scratch, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush(), os.fsync(file.fileno())  # or a power cut could leave the new name without the content
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
-        scratch.unlink(missing_ok=True)
-        raise OSError(str(error.strerror if isinstance(error, OSError) else "the disk may be full")) from None
-
-
-def load_model(start):
-    """A trained SEDD (on the CPU, in evaluation mode) and the meta of its data, None where nothing tells it.
-
-    `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
-    repository in the published format. Fails in one line at anything else.
-    """
-    if os.path.isfile(Path(start) / "ckpt.pt"):
-        checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
-        config = SEDDConfig(**checkpoint["config"])
-        model = MODELS[config.parameterization](config)
-        model.load_state_dict(checkpoint["ema"])
-        return model.eval(), checkpoint["meta"]
-    try:
-        model = SEDD.from_pretrained(start)
-    except (ImportError, ValueError) as error:
-        fail(str(error))
-    gpt2 = {"tokenizer": "gpt2", "vocab_size": 50257}
-    return model, gpt2 if model.config.vocab_size == 50257 else None
-
-
-# ----------------------------------------------------------------------------------------------------- data
-
-
-def check_meta(meta):
-    """ValueError, KeyError or TypeError where a field of meta.json is not what prepare.py writes."""
-    counts = lambda value: isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
-    size, vocab = meta["vocab_size"], meta["vocab"] if meta["tokenizer"] == "char" else None
-    chars = isinstance(vocab, list) and all(isinstance(c, str) and len(c) == 1 for c in vocab)
-    for name, right in {
-        "tokenizer": meta["tokenizer"] in ("char", "gpt2"),
-        "vocab": vocab is None or (chars and 0 < len(set(vocab)) == len(vocab)),
-        "vocab_size": type(size) is int and size == (len(vocab) if chars else 50257),
-        "dtype": meta["dtype"] in ("<u2", "<u4"),
-        "sizes": counts(meta["sizes"]),
-        "bytes": counts(meta.get("bytes", {})),
-    }.items():
-        if not right:
-            raise ValueError(f"meta.json has {name}={str(meta[name])[:50]!r}")
-
-
-class Data:
-    """One data set's memory-mapped tokens, cut into blocks."""
-
-    def __init__(self, o):
-        self.folder, self.block_size, self.splits = Path(o.data_dir) / o.dataset, o.block_size, {}
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            check_meta(self.meta)
-            for name in dict.fromkeys([o.eval_split] if o.eval_only else ["train", o.eval_split]):
-                path, size = self.folder / f"{name}.bin", self.meta["sizes"][name]
-                if path.stat().st_size != size * np.dtype(self.meta["dtype"]).itemsize:
-                    raise ValueError(f"{path.name} does not hold the {size} tokens of meta.json")
-                self.splits[name] = np.memmap(path, self.meta["dtype"], "r") if size else np.empty(0, "u2")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            there = isinstance(error, FileNotFoundError) and "is not prepared" or f"is not readable ({error})"
-            fail(f"the data set {self.folder} {there}: python prepare.py {o.dataset}")
-        for name, tokens in self.splits.items():
-            if len(tokens) < o.block_size:
-                fail(f"{self.folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
-                     f"try --block_size={max(1, min(map(len, self.splits.values())) // 2)}, or a longer text")
-
-    def checked(self, x0):
-        """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
-        if x0.max() >= self.meta["vocab_size"]:
-            fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
-        return x0
-
-    def batch(self, o, step, indices, model):
-        """x0 (n, L), times t (n,) and noised x (n, L) of the sequences `indices` of the global batch of a step.
-
-        A pure function of (seed, step, index), however many processes share the batch. The times of the whole
-        batch are one low-discrepancy set: uniform, or pushed towards 1/2, to where most of the learning is
-        (arXiv 2605.13026). That changes how much each noise level counts in the training loss, which then is
-        no bound on the likelihood; `evaluate` always estimates the paper's integral over even times.
-        """
-        shift = np.random.default_rng((o.seed, step)).random()
-        t = 1 - (shift + torch.tensor(indices, dtype=torch.float64) / o.batch_size) % 1
-        if o.times == "logit_normal":
-            t = torch.sigmoid(torch.special.ndtri(t.clamp(max=1 - 1e-6)))
-        t = (T_MIN + (1 - T_MIN) * t).float()
-        sigma, _ = model.noise(t)
-        x0, x = [], []
-        for i, s in zip(indices, sigma):
-            generator = torch.Generator().manual_seed(mixed_seed(o.seed, step, i + 1))
-            tokens = self.splits["train"]
-            start = torch.randint(len(tokens) - self.block_size + 1, (), generator=generator)
-            x0.append(torch.from_numpy(tokens[start : start + self.block_size].astype(np.int64)))
-            x.append(model.graph.sample_transition(x0[-1][None], s[None], generator)[0])
-        return self.checked(torch.stack(x0)), t, torch.stack(x)
-
-    def fixed_blocks(self, split, n):
-        """All whole blocks of the split (N, L), unread, and the numbers of n of them, evenly spread (0: of all)."""
-        tokens, L = self.splits[split], self.block_size
-        blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
-        return blocks, np.unique(np.linspace(0, len(blocks) - 1, n or len(blocks)).astype(int))
+def join_processes():
+    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA."""
+    if "MASTER_ADDR" not in os.environ:
+        fail(f"WORLD_SIZE={WORLD}, but nothing tells where the others are: start them with torchrun")
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one node the store can outlive a restart, and the keys of the two must not meet. Across nodes the counts
+        # may differ, but there torchrun (with --rdzv_backend=c10d) makes a new store each time.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(store=store, rank=rank, world_size=world)
 
 
 def mixed_seed(*numbers):
@@ -295,79 +158,240 @@ def mixed_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever is wrong with the content of this checkpoint ends in one line."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({why})")
+
+
+def load_checkpoint(path):
+    """The averaged model (on the CPU, in evaluation mode) and the dict that was saved; fails at anything else."""
+    if not os.path.isfile(path):  # False for what no file can be called
+        fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={Path(path).parent}")
+    with reading(path):
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = SEDDConfig(**checkpoint["config"])
+        model = MODELS[config.parameterization](config)
+        model.load_state_dict(checkpoint["ema"])
+        check_finite(checkpoint["ema"])
+    return model.eval(), checkpoint
+
+
+def load_model(start):
+    """A trained model (on the CPU, in evaluation mode) and the meta of its data, None where nothing tells it.
+
+    `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
+    repository in the published format. Fails in one line at anything else.
+    """
+    if os.path.isfile(Path(start) / "ckpt.pt"):
+        model, checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
+        return model, checkpoint["meta"]
+    try:
+        model = SEDD.from_pretrained(start)
+    except (ImportError, ValueError) as error:
+        fail(error)
+    return model, {"tokenizer": "gpt2", "vocab_size": 50257} if model.config.vocab_size == 50257 else None
+
+
+def check_finite(*parts):
+    if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
+        raise ValueError("its numbers are not all finite")
+
+
+class State:
+    """What training changes and a checkpoint keeps: weights, their average, what the optimisers remember, the step.
+
+    The optimiser is AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks, and AdamW for
+    the rest. AdamW scales each number of its mean gradient by itself. Muon makes that of a matrix nearly orthogonal, so
+    that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
+    """
+
+    def __init__(self, model, o, dtype=torch.float32):
+        self.model, self.average, self.step = model, copy.deepcopy(model).eval().requires_grad_(False), 0
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
+        named = model.blocks.named_parameters() if o.optimizer == "muon" else []
+        matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
+        rest = [p for p in model.parameters() if p not in matrices]
+        decay = o.weight_decay
+        self.optimizers = {"adamw": torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=decay, fused=True)}
+        if matrices:
+            self.optimizers["muon"] = torch.optim.Muon([*matrices], 0.0, decay, adjust_lr_fn="match_rms_adamw")
+
+    def update(self, lr, ema):
+        """One step of the optimisers, with the gradients that there are, and of the average."""
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        # a young average forgets faster, or it would remember the random start
+        weight = 1 - min(ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.average.parameters()], [*self.model.parameters()], weight)
+
+    def save(self, path, o, meta):
+        """Write to another name and rename: whenever the machine stops, `path` is a whole checkpoint.
+
+        Returns whether it is saved. If not (a full disk, numbers that are not finite) it says why, and `path` stays.
+        """
+        scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
+        checkpoint = {
+            "step": self.step, "model": self.model.state_dict(), "ema": self.average.state_dict(),
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
+            "scaler": self.scaler.state_dict(),
+            "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
+        }  # fmt: skip
+        try:
+            moments = [moment for _, optimizer in optimizers for moment in optimizer.state.values()]
+            if not moments:
+                raise ValueError("no step was finite yet")
+            check_finite(checkpoint["model"], checkpoint["ema"], *moments)
+            with open(scratch, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name without the content
+            os.replace(scratch, path)
+        except (OSError, RuntimeError, ValueError) as error:  # torch.save turns the first into the second
+            scratch.unlink(missing_ok=True)
+            tqdm.write(f"warning: step {self.step} was not saved ({error}); {path} is what it was", sys.stderr)
+            return False
+        return True
+
+    def load(self, checkpoint):
+        self.model.load_state_dict(checkpoint["model"])
+        self.average.load_state_dict(checkpoint["ema"])
+        for name, optimizer in self.optimizers.items():
+            # what it remembers, but with the options that were given now
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
+            for p in optimizer.param_groups[0]["params"]:
+                if {tensor.shape for tensor in optimizer.state[p].values() if tensor.ndim} != {p.shape}:
+                    raise ValueError("its optimiser is not that of its weights")
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.step = checkpoint["step"]
+        if self.step < 1:
+            raise ValueError("it is of no step")
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+
+class Data:
+    """One data set's memory-mapped tokens, cut into blocks."""
+
+    def __init__(self, o):
+        folder = self.folder = Path(o.data_dir) / o.dataset
+        self.splits, self.bytes = {}, {}
+        try:
+            if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # nanoGPT's, of GPT-2's tokens
+                sizes = {path.stem: path.stat().st_size // 2 for path in folder.glob("*.bin")}
+                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": sizes}
+            else:
+                self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size = self.meta["vocab_size"]
+            for name in [o.eval_split] if o.eval_only else ["train", o.eval_split]:
+                self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
+                if len(self.splits[name]) != self.meta["sizes"][name]:
+                    raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
+                # of the original text, in a token; 0 where nothing tells
+                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / self.meta["sizes"][name]
+        except Exception as error:
+            why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
+            fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
+        shortest = min(map(len, self.splits.values()))
+        for name, tokens in self.splits.items():
+            if len(tokens) < o.block_size:
+                fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
+                     f"try --block_size={max(1, shortest // 2)}, or a longer text")  # fmt: skip
+
+    def checked(self, x0):
+        """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
+        if x0.max() >= self.vocab_size:
+            fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
+        return x0
+
+    def batch(self, o, step, model):
+        """x0 (B, L), times t (B,) and noised x (B, L) of a step: all of its batch, a pure function of (seed, step).
+
+        The times of the batch are one low-discrepancy set: uniform, or pushed towards 1/2, to where most of the
+        learning is (arXiv 2605.13026). That changes how much each noise level counts in the training loss, which then
+        is no bound on the likelihood; `evaluate` always estimates the paper's integral over even times.
+        """
+        generator, tokens = torch.Generator().manual_seed(mixed_seed(o.seed, step)), self.splits["train"]
+        shift = torch.rand((), generator=generator, dtype=torch.float64)
+        t = 1 - (shift + torch.arange(o.batch_size) / o.batch_size) % 1
+        if o.times == "logit_normal":
+            t = torch.sigmoid(torch.special.ndtri(t.clamp(max=1 - 1e-6)))
+        t = (T_MIN + (1 - T_MIN) * t).float()
+        starts = torch.randint(len(tokens) - o.block_size + 1, (o.batch_size, 1), generator=generator)
+        x0 = self.checked(torch.from_numpy(tokens[starts.numpy() + np.arange(o.block_size)].astype(np.int64)))
+        return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
+
+
+def micro_batches(data, o, step, model, device, count):
+    """This process's share of a step's batch, as `count` tuples (x0, t, x), in pinned memory for CUDA.
+
+    It is every WORLD-th sequence, and a micro-batch every count-th of these. As the times are spread over the batch,
+    each has its part of every noise level, and none of them more work than the others.
+    """
+    places = [slice(RANK + i * WORLD, None, count * WORLD) for i in range(count)]
+    batch = data.batch(o, step, model)
+    if device.type == "cuda":
+        return [[tensor[place].contiguous().pin_memory() for tensor in batch] for place in places]
+    return [[tensor[place] for tensor in batch] for place in places]
+
+
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, data, split, n, num_times, seed, rank, world, device, dtype, bar=False):
-    """Mean likelihood bound of n blocks (0: all) and its standard error over them, in nats per token; exact for GPT.
+def evaluate(model, data, o, device, dtype, tell=False):
+    """Mean likelihood bound (exact for GPT) over blocks of a split, and its standard error, in nats per token.
 
     Sequences, times and noise are the same at every call and for every number of processes.
     """
-    blocks, rows = data.fixed_blocks(split, n)
+    tokens, L = data.splits[o.eval_split], o.block_size
+    blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
+    rows = np.unique(np.linspace(0, len(blocks) - 1, o.eval_sequences or len(blocks)).astype(int))
+    if tell:
+        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} "
+              f"times; dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
     bounds = torch.zeros(len(rows))
-    model.eval()
-    batches = progress(torch.arange(len(rows)).split(16), unit="batch", disable=not bar)
-    for k, batch in enumerate(batches):
-        if k % world == rank:
-            torch.manual_seed(mixed_seed(seed, k))
-            x = data.checked(torch.from_numpy(blocks[rows[batch.numpy()]].astype(np.int64))).to(device)
-            with torch.no_grad(), autocast(device, dtype):
-                bounds[batch] = (model(x).sum(-1) if isinstance(model, GPT)
-                                 else nll_bound(model, model.graph, model.noise, x, num_times)).cpu()  # fmt: skip
-    if world > 1:
-        bounds = bounds.to(device)
+    for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not tell)):
+        if k % WORLD == RANK:
+            torch.manual_seed(mixed_seed(o.seed, k))
+            x0 = data.checked(torch.from_numpy(blocks[rows[part.numpy()]].astype(np.int64))).to(device)
+            with autocast(device, dtype):
+                bounds[part] = model.nll(x0, o.eval_times).cpu()
+    if WORLD > 1:
         dist.all_reduce(bounds)
-    bounds = bounds.cpu().double() / data.block_size
+    bounds = bounds.double() / L
     return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
 
 
-def describe(model, bound, error, meta, split):
-    name, at_most = ("nll", "") if isinstance(model, GPT) else ("bound", "≤ ")  # the one is exact
+def describe(model, bound, error, bytes_per_token):
+    name, at_most = ("nll", "") if model.exact else ("bound", "≤ ")
     text = f"{name} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}{math.exp(min(bound, 700)):.2f}"
-    if meta["tokenizer"] == "char":
-        return text + f", {bound / math.log(2):.4f} bits per character"
-    size = meta.get("bytes", {}).get(split)  # of the original text
-    return text + (f", {bound * meta['sizes'][split] / size / math.log(2):.4f} bits per byte" if size else "")
-
-
-def generate(model, prompt, steps, sampler="tweedie", callback=None):
-    """sedd.sample of prompt (B, L) with any model; GPT goes from left to right, a token a call, whatever the steps."""
-    if isinstance(model, GPT):
-        return model.sample(prompt, callback)
-    return sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback)
+    return text + (f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else "")
 
 
 def sample_line(model, tokenizer, seed, device, dtype):
     """A short text of the model, the same noise at every call, its whitespace escaped."""
-    shape = 1, min(64, model.config.block_size)
     torch.manual_seed(mixed_seed(seed))
     with autocast(device, dtype):
-        x = generate(model, torch.full(shape, -1, device=device), 16)
+        x = model.generate(torch.full((1, min(64, model.config.block_size)), -1, device=device), 16)
     # scores that are not finite can leave a MASK
     return repr(tokenizer.decode(x[0].clamp(max=model.config.vocab_size - 1).tolist()))
 
 
-def shares(model, optimizer):
-    """Which parameters each optimiser takes care of, {"adamw": list, "muon": list}; only those that there are."""
-    names = model.blocks.named_parameters() if optimizer == "muon" else []
-    matrices = {id(p) for name, p in names if p.ndim == 2 and "adaLN" not in name}
-    mine = {"adamw": [], "muon": []}
-    for p in model.parameters():
-        mine["muon" if id(p) in matrices else "adamw"].append(p)
-    return {name: parameters for name, parameters in mine.items() if parameters}
-
-
-def make_optimizers(model, o):
-    """AdamW, as in the paper; or Muon (torch.optim.Muon) for the matrices of the blocks.
-
-    Where AdamW scales each number of its mean gradient by itself, Muon makes that of a matrix nearly orthogonal, so
-    that it moves in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
-    """
-    mine, options = shares(model, o.optimizer), dict(lr=o.learning_rate, weight_decay=o.weight_decay)
-    optimizers = {"adamw": torch.optim.AdamW(mine["adamw"], betas=(0.9, o.beta2), fused=True, **options)}
-    if "muon" in mine:
-        optimizers["muon"] = torch.optim.Muon(mine["muon"], adjust_lr_fn="match_rms_adamw", **options)
-    return optimizers
+# ------------------------------------------------------------------------------------------------- training
 
 
 def learning_rate(o, step):
@@ -377,7 +401,34 @@ def learning_rate(o, step):
     return o.learning_rate * warm * left
 
 
-def catch_signals(main):
+def attention_kernel(model, device, dtype):
+    """Which of its kernels scaled_dot_product_attention takes for training here."""
+    c = model.config
+    q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype, requires_grad=True)
+    with training_attention(device):
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
+
+
+def speed(o, model, seconds, device, dtype):
+    """What log.jsonl tells of a step that takes so many seconds.
+
+    mfu is the share of the card's peak, where it is known. Only such operations count as a step cannot do without.
+    """
+    tokens, c, peak = o.batch_size * o.block_size, model.config, None
+    told = {"ms": round(1000 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
+    if device.type == "cuda":
+        told["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        name = torch.cuda.get_device_name(device)
+        peak = next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
+    if peak and dtype != torch.float32:
+        trunk = sum(p.numel() for name, p in model.blocks.named_parameters() if "adaLN" not in name)
+        head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.exact else 1)
+        work = tokens * (6 * (trunk + head) + 12 * c.n_layer * c.n_embd * c.block_size)
+        told["mfu"] = round(work / seconds / WORLD / peak, 3)
+    return told
+
+
+def catch_signals():
     """From now on SIGINT and SIGTERM only join the list that this returns; a second SIGINT ends the process at once."""
     caught = []
 
@@ -385,7 +436,7 @@ def catch_signals(main):
         caught.append(number)
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if main:
+        if RANK == 0:
             with contextlib.suppress(OSError):  # print could be what the signal has interrupted
                 os.write(2, b"\nstopping after this step\n")
 
@@ -394,287 +445,230 @@ def catch_signals(main):
     return caught
 
 
-def open_log(path, step):
-    """The log open for bytes, unbuffered, cut back to the lines up to `step`; it is this process's until it ends.
+class Log:
+    """log.jsonl, with its lines up to step `start`; it is this process's alone until it ends.
 
-    BlockingIOError where another training writes it.
+    A fresh start keeps the checkpoint and the log of an earlier run under other names.
     """
-    log = open(path, "a+b", buffering=0)
-    if fcntl:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    log.seek(0)
-    end = 0
-    for line in log.readlines() if step else []:
+
+    def __init__(self, o, start):
+        out, self.pending = Path(o.out_dir), b""
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = open(out / "log.jsonl", "a+b", buffering=0)
         try:
-            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        end += len(line)
-    log.truncate(end), log.seek(end)
-    return log
+            import fcntl
 
-
-def duration(seconds):
-    return next(f"{seconds / unit:.0f} {name}" for unit, name in ((3600, "h"), (60, "min"), (1, "s"))
-                if seconds >= 1.5 * unit or unit == 1)  # fmt: skip
-
-
-def start_weights(o, explicit):
-    """What init_from names: the options completed by it, its weights (None: fresh ones), and a checkpoint to resume."""
-    out, restarted = Path(o.out_dir), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    weights, meta, resumed, config = None, None, None, {}
-    if o.init_from == "auto":
-        start = {"init_from": "resume" if (out / "ckpt.pt").is_file() else "scratch"}
-        o, explicit = replace(o, **start), explicit | start
-    if o.init_from == "resume":
-        resumed = load_checkpoint(out / "ckpt.pt")
-        kept = {k: v for k, v in resumed["options"].items() if k not in ("init_from", "out_dir", "eval_only")}
-        o, meta = Options(**{**kept, **explicit}), resumed["meta"]
-        config = resumed["config"] | {"optimizer": Options(**kept).optimizer}
-    elif o.init_from != "scratch":
-        if "/" not in o.init_from and not os.path.isdir(o.init_from):
-            fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
-        if not o.eval_only and Path(o.init_from).resolve() == out.resolve():
-            fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
-        weights, meta = load_model(o.init_from)
-        config = asdict(weights.config)
-        if meta is None:
-            meta = {"vocab_size": config["vocab_size"]}
-            print(f"warning: nothing tells the vocabulary of {o.init_from}: it is taken for that of the data", file=sys.stderr)
-    for name in config.keys() & explicit.keys():
-        if explicit[name] != config[name]:
-            fail(f"{name}={explicit[name]} but {out / 'ckpt.pt' if resumed else o.init_from} was trained with "
-                 f"{config[name]}: leave it out, or say --{name}={config[name]}")  # fmt: skip
-    o = replace(o, **{name: value for name, value in config.items() if name != "vocab_size"})
-    if restarted and o.init_from != "resume" and (out / "ckpt.pt").is_file():
-        # the first start has moved other runs' checkpoints away
-        resumed = load_checkpoint(out / "ckpt.pt")
-        resumed = resumed if resumed["options"] == asdict(o) else None
-        meta = resumed["meta"] if resumed else meta
-    return o, weights, meta, resumed
-
-
-def train(o, explicit):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main = rank == 0
-    if world > 1 and "MASTER_ADDR" not in os.environ:
-        fail(f"WORLD_SIZE={world}, but nothing tells where the others are: start them with torchrun")
-    o, weights, meta, resumed = start_weights(o, explicit)
-    out = Path(o.out_dir)
-
-    for name, least in {
-        "block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "cond_dim": 1, "max_steps": 1, "eval_interval": 1,
-        "eval_sequences": 0, "eval_times": 1, "save_interval": 1, "log_interval": 1, "micro_batch_size": 0,
-        "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "seed": 0,
-    }.items():  # fmt: skip
-        value = getattr(o, name)
-        limit = math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**31
-        if not least <= value < limit:  # nan is in no order with anything
-            fail(f"{name}={value} must be at least {least} and below {limit}")
-    for name in "dropout", "ema", "beta2":
-        if not 0 <= getattr(o, name) < 1:
-            fail(f"{name}={getattr(o, name)} must be at least 0 and below 1")
-    share, left = divmod(o.batch_size, world)
-    micro = o.micro_batch_size or share
-    if o.batch_size < 1 or left or micro < 1 or share % micro:
-        fail(f"batch_size={o.batch_size} cannot be shared by {world} processes in micro-batches of {micro or 1}: "
-             f"try --batch_size={max(1, round(o.batch_size / (world * max(1, micro)))) * world * max(1, micro)}")  # fmt: skip
-
-    device = find_device(o.device)
-    dtype = find_dtype(o.dtype, device)
-    data = Data(o)
-    if any(data.meta.get(name) != meta[name] for name in {"tokenizer", "vocab", "vocab_size"} & (meta or {}).keys()):
-        fail(f"{out / 'ckpt.pt' if resumed else o.init_from} was trained on another vocabulary than {data.folder} has: "
-             "name the data set that it was trained on")  # fmt: skip
-    torch.manual_seed(o.seed)
-    try:
-        config = SEDDConfig(data.meta["vocab_size"], o.block_size, o.n_layer, o.n_head, o.n_embd, o.cond_dim,
-                            o.dropout, o.graph, o.noise, o.parameterization)  # fmt: skip
-    except ValueError as error:
-        fail(str(error))
-    if main and not o.eval_only:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            fail(f"out_dir={o.out_dir!r} cannot hold the results: {getattr(error, 'strerror', error)}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    signals = None  # the group of processes that agrees on signals, without the GPU
-    if world > 1:
-        # the store outlives a restart by torchrun: the keys of the two must not meet
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        signals = dist.new_group(backend="gloo")
-
-    model = (weights or MODELS[o.parameterization](config)).to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = make_optimizers(model, o)
-    start = 0
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        ema.load_state_dict(resumed["ema"])
-        for name, optimizer in optimizers.items():
-            # what it remembers, but with the options that were given now
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": resumed["optimizer"][name]["state"]})
-        start, resumed = resumed["step"], None  # a second copy of all numbers need not stay
-    if world > 1:
-        starts = torch.tensor([start, -start])
-        dist.all_reduce(starts, dist.ReduceOp.MAX, group=signals)
-        if starts[0] != -starts[1]:
-            fail(f"the processes would start at steps {-starts[1]} to {starts[0]}: out_dir={o.out_dir!r} must be a folder "
-                 "that all machines share")  # fmt: skip
-
-    evaluation = lambda bar=False: evaluate(ema, data, o.eval_split, o.eval_sequences, o.eval_times, o.seed,
-                                            rank, world, device, dtype, bar)  # fmt: skip
-    if o.eval_only:
-        blocks, rows = data.fixed_blocks(o.eval_split, o.eval_sequences)
-        left = len(data.splits[o.eval_split]) - blocks.size
-        if main:
-            print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {o.block_size} tokens at "
-                  f"{o.eval_times} times; dropped at the end: {left:,} tokens that fill no block")  # fmt: skip
-        bound = evaluation(bar=main)
-        if main:
-            name = o.init_from if weights else f"step {start}"
-            print(f"{name}: {describe(model, *bound, data.meta, o.eval_split)}")
-        return
-
-    compiled = o.compile == "True" or o.compile == "auto" and o.max_steps - start >= 500 and can_compile(device)
-    if compiled:
-        for block in model.blocks:  # block by block: one compilation serves them all, and DDP can overlap them
-            block.compile()
-    trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                      broadcast_buffers=False) \
-        if world > 1 else model  # fmt: skip
-
-    bar, log, pending, tokenizer = None, None, b"", None
-    if main:
-        n = sum(p.numel() for p in model.parameters())
-        print(f"{n / 1e6:.2f}M parameters on {world} x {device} in {str(dtype).removeprefix('torch.')}"
-              f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, "
-              f"steps {start} to {o.max_steps}; output in {out}/")  # fmt: skip
-        with contextlib.suppress(OSError, ValueError):  # GPT-2's BPE files are not to be had: then no text is shown
-            tokenizer = Tokenizer(data.meta)
-        try:
-            log = open_log(out / "log.jsonl", start)
-            if not start and (out / "ckpt.pt").is_file():
-                names = (out / f"ckpt.old{n}.pt" for n in itertools.chain([""], itertools.count(2)))
-                kept = next(path for path in names if not path.exists())
-                os.replace(out / "ckpt.pt", kept)
-                print(f"the checkpoint of an earlier run is kept as {kept}")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
-        except OSError as error:
-            fail(f"out_dir={o.out_dir!r} cannot hold the results: {error.strerror}")
-        bar = progress(total=o.max_steps, initial=start, unit="step")
+        except (ImportError, OSError):  # Windows, or a file system that has no locks
+            pass
+        self.file.seek(0)
+        content, end = self.file.read(), 0
+        if not start and (out / "ckpt.pt").is_file():
+            n = next(n for n in itertools.chain([""], itertools.count(2)) if not (out / f"ckpt.old{n}.pt").exists())
+            (out / f"log.old{n}.jsonl").write_bytes(content)
+            os.replace(out / "ckpt.pt", out / f"ckpt.old{n}.pt")
+            print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old{n}.pt")
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+            for line in content.split(b"\n")[:-1] if start else []:
+                if json.loads(line)["step"] > start:
+                    break
+                end += len(line) + 1
+        self.file.truncate(end)
 
-    caught = catch_signals(main)
-    parameters, averaged = list(model.parameters()), list(ema.parameters())
-    skipped, in_a_row = 0, 0
-    stop, unsaved, told = 0, False, False
-    losses, clock, since = [], time.perf_counter(), start
-    for step in range(start, o.max_steps):
-        torch.manual_seed(mixed_seed(o.seed, step, 0, rank))  # dropout
-        model.train()
-        for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-            group["lr"] = learning_rate(o, step)
-        mine = range(rank * share, (rank + 1) * share)
-        for i in range(0, share, micro):
-            batch = data.batch(o, step, mine[i : i + micro], model)
-            x0, t, x = (tensor.to(device, non_blocking=True) for tensor in batch)
-            wait = world > 1 and i + micro < share
-            with trained.no_sync() if wait else contextlib.nullcontext():
-                with autocast(device, dtype), training_attention(device):
-                    loss = (trained(x0).sum(-1) if isinstance(model, GPT)
-                            else diffusion_loss(trained, model.graph, model.noise, x0, t, x)).mean()  # fmt: skip
-                (loss * (micro / share / o.block_size)).backward()
-            losses.append(loss.detach() / o.block_size)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip or math.inf)
-        bad = (~torch.isfinite(norm + torch.stack(losses[-(share // micro) :]).sum())).float()
-        if world > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad:  # the step is left out
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        else:
-            in_a_row = 0
-            for optimizer in optimizers.values():
-                optimizer.step()
-            # a young average forgets faster, or it would remember the random start
-            with torch.no_grad():
-                torch._foreach_lerp_(averaged, parameters, 1 - min(o.ema, (1 + step) / (10 + step)))
+    def write(self, record):
+        """Add a line. What a full disk does not take follows with the next one."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.pending += (json.dumps(record) + "\n").encode()
+        with contextlib.suppress(OSError):
+            self.pending = self.pending[self.file.write(self.pending) :]
+
+
+def begin(explicit):
+    """What init_from means: options, completed by it, averaged model (None: fresh), meta, checkpoint to resume or None.
+
+    Process 0 decides whether one is resumed: the others may see an older state of a shared disk. A restart by torchrun
+    is like `auto`: the first start has moved the checkpoints of earlier runs away.
+    """
+    o, kept, checkpoint = Options(**explicit), {}, None
+    path, restarts = Path(o.out_dir) / "ckpt.pt", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    look = o.init_from == "auto" or restarts and not o.eval_only
+    found = torch.tensor(o.init_from == "resume" or bool(look and path.is_file()))
+    if WORLD > 1:
+        dist.broadcast(found, 0)
+    if found:
+        model, checkpoint = load_checkpoint(path)
+        with reading(path):
+            kept, meta = checkpoint["options"] | {"init_from": "resume", "out_dir": o.out_dir}, checkpoint["meta"]
+            Options(**kept)
+    elif o.init_from in ("scratch", "auto"):
+        return o, None, {}, None
+    elif "/" not in o.init_from and not os.path.isdir(o.init_from):
+        fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
+    elif not o.eval_only and Path(o.init_from).resolve() == path.parent.resolve():
+        fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
+    else:
+        model, meta = load_model(o.init_from)
+    kept |= {name: getattr(model.config, name) for name in SHAPE}
+    source = path if found else o.init_from
+    for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
+        if explicit.get(name, kept[name]) != kept[name]:
+            fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: leave --{name} out, "
+                 f"or say --{name}={kept[name]}")  # fmt: skip
+    if meta is None:
+        print(f"warning: nothing tells the vocabulary of {source}: it is taken for that of the data", file=sys.stderr)
+    return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
+
+
+def count_micro_batches(o):
+    """How many micro-batches a process takes for its share of a batch."""
+    share, left = divmod(o.batch_size, WORLD)
+    micro = max(1, min(o.micro_batch_size or share, share))
+    if left or share % micro:
+        fail(f"batch_size={o.batch_size} cannot be shared by {WORLD} processes in micro-batches of {micro}: "
+             f"try --batch_size={max(1, round(o.batch_size / WORLD / micro)) * WORLD * micro}")  # fmt: skip
+    return share // micro
+
+
+def main():
+    explicit = parse(Options)
+    if WORLD > 1:
+        join_processes()
+    o, trained, meta, checkpoint = begin(explicit)
+    count, device = count_micro_batches(o), find_device(o.device)
+    dtype, data, path = find_dtype(o.dtype, device), Data(o), Path(o.out_dir) / "ckpt.pt"
+    if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
+        fail(f"{path if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
+             "name the data set that it was trained on")  # fmt: skip
+    try:
+        torch.manual_seed(o.seed)
+        model = MODELS[o.parameterization](SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE}))
+    except ValueError as error:
+        fail(error)
+    if trained:
+        model.load_state_dict(trained.state_dict())
+    model.to(device)
+    if o.eval_only:
+        bound, error = evaluate(model.eval(), data, o, device, dtype, tell=RANK == 0)
+        if RANK == 0:
+            name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
+            print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
+        status = 0
+    else:
+        state = State(model, o, dtype)
+        if checkpoint:
+            with reading(path):
+                state.load(checkpoint)
+        log = Log(o, state.step) if RANK == 0 else None
+        compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
+        if compiled:
+            model.compile()
+            torch._dynamo.config.optimize_ddp = False  # it cuts a block in two, but DDP overlaps whole ones as well
+        network = model
+        if WORLD > 1:
+            # the buffers are constants, which need not be sent around
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, dict(model.named_buffers()))
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if log:
+            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
+                  f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
+                  f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
+                  f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
+        status = train(o, data, state, network, log, count, device, dtype)
+    if WORLD > 1:
+        dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
+    if status:
+        sys.exit(status)
+
+
+def train(o, data, state, network, log, count, device, dtype):
+    """The steps that are left, each in `count` micro-batches; returns the exit status."""
+    model, scaler, path, tokenizer = state.model.train(), state.scaler, Path(o.out_dir) / "ckpt.pt", None
+    with contextlib.suppress(OSError):  # GPT-2's BPE files are not to be had: then no text is shown
+        tokenizer = Tokenizer(data.meta)
+    if log and state.step < o.max_steps:
+        log.write({"step": state.step, "options": asdict(o)})
+    bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
+    losses, seconds, skipped, in_a_row, stop, saved, caught = [], 0.0, 0, 0, 0, True, catch_signals()
+    batch = micro_batches(data, o, state.step, model, device, count)
+    for step in range(state.step, o.max_steps):
+        began = time.perf_counter()
+        torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
+        loss = 0.0
+        for i, part in enumerate(batch):
+            x0, t, x = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in part)
+            network.require_backward_grad_sync = i == count - 1
+            with autocast(device, dtype), training_attention(device):
+                part_loss = model.loss(x0, t, x, network).mean() / (count * o.block_size)
+            scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        batch = micro_batches(data, o, step + 1, model, device, count)  # while a GPU is still busy with this one
+        for optimizer in state.optimizers.values():
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
+
+        flags = torch.stack([~(norm + loss).isfinite(), torch.full((), max(caught, default=0), device=device)])
+        if WORLD > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        if not bad:
+            state.update(learning_rate(o, step), o.ema)
+            losses.append(loss)
         model.zero_grad()
+        # float16 begins with a scale that is too large, and steps are left out while it comes down
+        in_a_row = in_a_row + (scaler.get_scale() <= 1) if bad else 0
+        scaler.update()
+        skipped, state.step = skipped + bad, step + 1
         if in_a_row == 10:
-            sys.exit(f"train.py: error: loss or gradient is not finite in steps {step - 8} to {step + 1}, the first "
-                     f"with Data.batch(o, {step - 9}, range({o.batch_size}), model), seed={o.seed}: try a lower "
-                     "--learning_rate, or another --dtype" if main else 1)  # fmt: skip
+            give_up(o, step)
+        seconds += time.perf_counter() - began
 
-        done = step + 1
-        stop = torch.tensor(caught[0] if caught else 0)
-        if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=signals)
-        last = done == o.max_steps or bool(stop)
-        record = {}
-        if done % o.log_interval == 0 or last:
-            loss = torch.stack(losses)
-            loss = loss[loss.isfinite()].mean()
-            if world > 1:
-                dist.all_reduce(loss)
-            rate = (done - since) * o.batch_size * o.block_size / (time.perf_counter() - clock)
-            record = {"loss": loss.item() / world, "lr": learning_rate(o, step), "tokens_per_s": round(rate)}
-            if skipped:
-                record["skipped"] = skipped
-            if main and not told and since > start and not last:
-                bar.write(f"about {duration((o.max_steps - done) * o.batch_size * o.block_size / rate)} to go")
-                told = True
-            losses, clock, since, skipped = [], time.perf_counter(), done, 0
-        if done % o.eval_interval == 0 or done == o.max_steps:
-            paused = time.perf_counter()
-            bound, error = evaluation()
-            record |= {"val_bound": bound, "val_error": error}
-            if main:
-                bar.write(f"step {done}: {o.eval_split} {describe(model, bound, error, data.meta, o.eval_split)}")
-                if tokenizer:
-                    bar.write(sample_line(ema, tokenizer, o.seed, device, dtype))
-            clock += time.perf_counter() - paused
-        if main:
-            bar.update()
-            if "loss" in record:
-                bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_s']:,} tokens/s", refresh=False)
-            if record:
-                record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-                pending += (json.dumps({"step": done} | record) + "\n").encode()
-                with contextlib.suppress(OSError):  # the disk is full: what it did not take follows with the next line
-                    pending = pending[log.write(pending) :]
-            if done % o.save_interval == 0 or last:
-                try:
-                    if not optimizers["adamw"].state:
-                        raise ValueError("no step was finite yet")
-                    save_checkpoint(out / "ckpt.pt", {
-                        "model": model.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                        "step": done, "config": asdict(config), "options": asdict(o), "meta": data.meta,
-                    })  # fmt: skip
-                    unsaved = False
-                except (OSError, ValueError) as error:
-                    unsaved = True
-                    bar.write(f"warning: step {done} was not saved ({error}); {out}/ckpt.pt is what it was", sys.stderr)
+        record, last = {}, stop or state.step == o.max_steps
+        if state.step % o.log_interval == 0 or last:
+            mean = torch.stack(losses).mean() if losses else torch.full((), math.nan, device=device)
+            if WORLD > 1:
+                dist.all_reduce(mean)
+            record = {"loss": mean.item() / WORLD, "norm": norm.item(), "lr": learning_rate(o, step)}
+            record |= speed(o, model, seconds / (len(losses) + skipped), device, dtype)
+            record |= {"skipped": skipped} if skipped else {}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
+            losses, seconds, skipped = [], 0.0, 0
+        if state.step % o.eval_interval == 0 or state.step == o.max_steps:
+            bound, error = evaluate(state.average, data, o, device, dtype)
+            record |= {f"{o.eval_split}_{'nll' if model.exact else 'bound'}": bound, f"{o.eval_split}_error": error}
+            if log:
+                told = describe(model, bound, error, data.bytes[o.eval_split])
+                bar.write(f"step {state.step}: {o.eval_split} {told}")
+            if log and tokenizer:
+                bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
+        bar.update()
+        if log and record:
+            log.write({"step": state.step} | record)
+        if log and (state.step % o.save_interval == 0 or last):
+            saved = state.save(path, o, data.meta)
         if stop:
             break
-    if main:
-        bar.close()
-        if pending:
-            print(f"warning: {out}/log.jsonl lacks its last lines: the disk is full", file=sys.stderr)
-        if unsaved:
-            sys.exit(1)
-        print(f"{out}/ckpt.pt " + (f"holds step {done}: python train.py --init_from=resume --out_dir={out} goes on"
-                                   if stop else f"is ready: python sample.py --out_dir={out}"))  # fmt: skip
-    if stop:
-        sys.exit(128 + int(stop))
+    bar.close()
+    if log and saved:
+        print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
+                            if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
+    return 128 + stop if stop else int(not saved)
+
+
+def give_up(o, step):
+    """Ends all for good: torchrun would start again, with the same batches."""
+    if RANK == 0:
+        print(f"train.py: error: loss or gradient is not finite in steps {step - 8} to {step + 1}, the first with "
+              f"Data.batch(o, {step - 9}, model), seed={o.seed}: try a lower --learning_rate, or another --dtype",
+              file=sys.stderr)  # fmt: skip
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
+    sys.exit(1)
 
 
 class Output:
-    """A text stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
+    """A stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -684,27 +678,12 @@ class Output:
 
     def write(self, text):
         try:
-            self.stream.write(text), self.stream.flush()
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def flush(self):
-        pass
+            self.stream = open(os.devnull, "w")
 
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # no run shall end because a terminal lacks the sign for "at most"
-    explicit = parse(Options)
-    try:
-        train(Options(**explicit), explicit)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # the words of the CPU and of CUDA
-            raise
-        fail("the memory does not hold this: try a smaller --micro_batch_size, --block_size or model")
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(main, "a smaller --micro_batch_size, --block_size or model")

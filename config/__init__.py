@@ -1,7 +1,4 @@
-"""Reads the options of a script: dataclass defaults < config files < --key=value.
-
-A config file is plain Python, run as it stands, whose assignments name options: run only files you trust.
-"""
+"""What the scripts share: options (dataclass defaults < config files < --key=value), errors of one line, a bar."""
 
 import argparse
 import difflib
@@ -9,22 +6,43 @@ import inspect
 import os
 import re
 import runpy
+import signal
 import sys
-import typing
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 from tqdm import tqdm
 
-
-WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+# Types of options that are numbers: the least one, and the first that is too large.
+Whole, Count, Seed = Annotated[int, 0, 2**31], Annotated[int, 1, 2**31], Annotated[int, 0, 2**63]
+Amount, Fraction = Annotated[float, 0, float("inf")], Annotated[float, 0, 1]
 
 
 def fail(message):
     """One line on standard error, which names a process that is not the first, and exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    name = Path(sys.argv[0]).name if rank == "0" else f"[rank {rank}] {Path(sys.argv[0]).name}"
-    print(f"{name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK", "0") != "0" else ""
+    print(f"{rank}{Path(sys.argv[0]).name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     sys.exit(2)
+
+
+def run(main, smaller="a smaller model, or less at a time"):
+    """main(), where what a user can cause ends in one line, or quietly. `smaller`: what to try if memory is short."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks run
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is not MemoryError and "allocate" not in str(error):  # the word of NumPy, the CPU and CUDA
+            raise
+        fail(f"the memory does not hold this: try {smaller}")
 
 
 def progress(*args, **options):
@@ -32,86 +50,68 @@ def progress(*args, **options):
     return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30} | options)
 
 
-def convert(name, kind, value):
-    """`value`, a string from the command line or an object from a config file, as the option's type."""
-    choices = typing.get_args(kind)
-    if choices:
-        if str(value) not in choices:  # a config file may say compile = False
-            fail(f"{name} is one of {', '.join(choices)}, not {value!r}")
-        return str(value)
-    if kind is bool and str(value).lower() in ("true", "1", "false", "0"):
-        return str(value).lower() in ("true", "1")
-    if isinstance(value, str) or (kind is float and type(value) is int):
+def convert(name, kind, text):
+    """What `text` stands for in an option of this type: str, bool, Literal[...], or a number as above."""
+    if kind is str:
+        return text
+    if get_origin(kind) is Annotated:
+        number, least, limit = get_args(kind)
+        wanted = f"{'a whole number' if number is int else 'a number'}, at least {least} and below {limit}"
         try:
-            if kind is not bool:
-                return kind(value)
-        except (ValueError, OverflowError):
+            text = number(text)
+            if least <= text < limit:  # nan is in no order with anything
+                return text
+        except ValueError:
             pass
-    elif type(value) is kind:
-        return value
-    fail(f"{name} takes {WANTED[kind]}, not {value!r}")
+    else:
+        choices = {str(choice): choice for choice in get_args(kind) or (True, False)}
+        wanted = f"one of {', '.join(choices)}"
+        if text in choices:
+            return choices[text]
+    fail(f"{name}={text!r} must be {wanted}")
 
 
-def nearest(name, options):
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.0)
-    return f"unknown option {name!r}: did you mean {close[0]!r}? --help lists them all"
-
-
-def read_file(path, kinds):
-    """The options that a config file assigns, checked against `kinds`, a dict from name to type."""
+def read_file(path):
+    """The assignments of a config file as words --key=value. It is run as it stands: run only files you trust."""
     if not os.path.isfile(path):  # False for what no file can be called
-        known = sorted(str(p.relative_to(Path.cwd()) if p.is_relative_to(Path.cwd()) else p)
-                       for p in Path(__file__).parent.glob("*.py") if p.name != "__init__.py")  # fmt: skip
-        fail(f"there is no config file {path!r}: there are {', '.join(known)}; options are written --key=value")
+        known = ", ".join(sorted(os.path.relpath(file) for file in Path(__file__).parent.glob("[!_]*.py")))
+        fail(f"there is no config file {path!r}: there are {known}; options are written --key=value")
     try:
-        assigned = runpy.run_path(str(path))
+        found = runpy.run_path(path).items()
+        return [f"--{name}={value}" for name, value in found if name[0] != "_" and not inspect.ismodule(value)]
     except (Exception, SystemExit) as error:
         fail(f"the config file {path} does not run: {type(error).__name__}: {error}")
-    assigned = {k: v for k, v in assigned.items() if not k.startswith("_") and not inspect.ismodule(v)}
-    for name in assigned:
-        if name not in kinds:
-            fail(f"{path}: {nearest(name, kinds)}")
-    return {name: convert(name, kinds[name], value) for name, value in assigned.items()}
 
 
-def parse(Options, positional=None, argv=None):
+def parse(Options, positional=None, argv=None, source=""):
     """The command line as a dict of the options it sets, and only these; Options(**dict) fills in the rest.
 
-    Words without dashes are config files, or, if `positional` names an option, its value. In the source of the
-    dataclass `Options` the comment beside each field is its help text, and a comment on a line of its own
-    heads a group.
+    A word without dashes is a config file or, if `positional` names an option, its value. In the source of the
+    dataclass the comment beside a field is its help, and a comment on a line of its own heads a group.
     """
-    kinds = typing.get_type_hints(Options)
-    parser = argparse.ArgumentParser(
-        usage=f"%(prog)s [{positional.upper() if positional else 'CONFIG ...'}] [--key=value ...]",
-        description=inspect.getdoc(Options), allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+    parser = group = argparse.ArgumentParser(
+        usage=f"%(prog)s [{(positional or 'config ...').upper()}] [--key=value ...]", description=Options.__doc__,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.error = fail
-    group = parser.add_argument_group("options")
-    for line in inspect.getsource(Options).splitlines():
-        if heading := re.match(r"    # (.+)", line):
-            group = parser.add_argument_group(heading[1])
-        elif field := re.match(r"    (\w+): .*?  # (.+)", line):
-            name, comment = field.groups()
-            choices, default = typing.get_args(kinds[name]), getattr(Options, name)
-            group.add_argument(
-                f"--{name}", **({"nargs": "?", "const": "True"} if kinds[name] is bool else {}),
-                metavar="|".join(choices) or kinds[name].__name__.upper(),
-                help=f"{comment} [{default}]".replace("%", "%%"),
-            )  # fmt: skip
-    group.add_argument("-h", "--help", action="help", help="show this and exit")
-    if positional:
-        parser.add_argument("words", nargs="?", metavar=positional.upper(), help=f"same as --{positional}")
-    else:
-        parser.add_argument("words", nargs="*", metavar="CONFIG", help="files of such options, as Python assignments")
+    parser.add_argument(positional or "files", nargs="?" if positional else "*", help=argparse.SUPPRESS)
+    for heading, name, comment in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", inspect.getsource(Options), re.M):
+        if heading:
+            group = parser.add_argument_group(heading)
+            continue
+        kind, default = Options.__annotations__[name], getattr(Options, name)
+        group.add_argument(
+            f"--{name}", type=partial(convert, name, kind), help=f"{comment} [{default}]".replace("%", "%%"),
+            metavar="|".join(get_args(kind)) if get_origin(kind) is Literal else type(default).__name__.upper(),
+            **({"nargs": "?", "const": True} if kind is bool else {}),
+        )  # fmt: skip
     found, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
-        fail(nearest(word.lstrip("-").split("=")[0], kinds) if word.startswith("-") else f"unexpected {word!r}")
-
-    found = vars(found)
-    words = found.pop("words", None) or []
-    options = {positional: words} if positional and words else {}
-    for path in [] if positional else words:
-        options |= read_file(path, kinds)
-    return options | {name: convert(name, kinds[name], value) for name, value in found.items()}
+        name = word.lstrip("-").split("=")[0]
+        close = difflib.get_close_matches(name, Options.__annotations__, n=1, cutoff=0.0)[0]
+        fail(f"{source}unknown option {name!r}: did you mean {close!r}? --help lists them all"
+             if word[0] == "-" else f"unexpected {word!r}")  # fmt: skip
+    options = vars(found)
+    for path in reversed(options.pop("files", [])):  # the later file beats the earlier one
+        options = parse(Options, None, read_file(path), f"{path}: ") | options
+    return options

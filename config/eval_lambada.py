@@ -3,3 +3,4 @@
 from config.eval_wikitext2 import *
 
 dataset = "lambada"
+eval_split = "test"

@@ -3,3 +3,4 @@
 from config.eval_wikitext2 import *
 
 dataset = "lm1b"
+eval_split = "test"

@@ -1,5 +1,17 @@
 """The tensors of these tests are small: a second thread gains little, and on a shared machine costs a lot."""
 
+import signal
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A training catches them until its process ends; here the process goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

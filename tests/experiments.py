@@ -34,9 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sedd  # noqa: E402
-from train import (  # noqa: E402
-    Data, Options, autocast, evaluate, find_device, find_dtype, generate, load_checkpoint, load_model,
-)  # fmt: skip
+from train import Data, Options, autocast, evaluate, find_device, find_dtype, load_checkpoint, load_model  # noqa: E402
 
 RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
@@ -96,7 +94,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     if log_of(*run):
         return
-    lines = (out / "log.jsonl").read_text()
+    with open(out / "log.jsonl") as log:
+        lines = "".join(line for line in log if '"options"' not in line)  # these name folders of this machine
     if steps == STEPS:
         with lock:
             bound, error = test_bound(out, dataset)
@@ -106,15 +105,16 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
 
 
 def unfinished(out, steps):
-    return not (out / "ckpt.pt").is_file() or load_checkpoint(out / "ckpt.pt")["step"] < steps
+    return not (out / "ckpt.pt").is_file() or load_checkpoint(out / "ckpt.pt")[1]["step"] < steps
 
 
 def test_bound(out, dataset):
     """Bound (of GPT: the value) over the whole test split, nats per character, and its standard error."""
     model, _ = load_model(out)
-    o = Options(dataset=dataset, data_dir=ROOT / "data", block_size=model.config.block_size, eval_only=True, eval_split="test")
+    o = Options(dataset=dataset, data_dir=ROOT / "data", block_size=model.config.block_size, eval_only=True,
+                eval_split="test", eval_sequences=0, eval_times=8, seed=0)  # fmt: skip
     device = find_device("cpu")
-    return evaluate(model, Data(o), "test", 0, 8, 0, 0, 1, device, find_dtype("auto", device))
+    return evaluate(model, Data(o), o, device, find_dtype("auto", device))
 
 
 def best_rate(system):
@@ -124,7 +124,13 @@ def best_rate(system):
 def last_validation(log):
     if not log:
         sys.exit("experiments.py: the trainings are not done yet: python tests/experiments.py train")
-    return [line["val_bound"] for line in log if "val_bound" in line][-1]
+    return validations(log)[-1][1]
+
+
+def validations(log):
+    """[(step, value)], whose names are val_nll for GPT and val_bound for the others."""
+    names = "val_bound", "val_nll"
+    return [(line["step"], line[name]) for line in log for name in names if name in line]
 
 
 def best_times(name):
@@ -186,7 +192,7 @@ def written(model, prompt, steps, sampler="tweedie"):
     """What a model makes of prompt (B, L), in the CPU's dtype; GPT computes its past anew at each token."""
     device = torch.device("cpu")
     with autocast(device, find_dtype("auto", device)):
-        return generate(model, prompt, steps, sampler)
+        return model.generate(prompt, steps, sampler)
 
 
 def measured(path, key, measure):
@@ -283,7 +289,7 @@ def draw(a):
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, times in SYSTEMS:
         log = log_of((name, times), best_rate((name, times)), SEEDS[0], STEPS)
-        curve = [(line["step"], line["val_bound"]) for line in log if "val_bound" in line]
+        curve = validations(log)
         label = TITLES[name] + ("" if name == "gpt" else f", {TIMES[times]} times")
         axes.plot(*zip(*curve), color=COLOURS[name], ls="--" if times == "uniform" else "-", label=label)
     axes.set(xlabel="training steps", ylabel="validation, nats per character", ylim=(None, 3.2))

@@ -1,21 +1,31 @@
 """Data sets of the hub, prepared from small folders of the same schema through the real `datasets` loader."""
 
+import hashlib
+import http.server
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_scripts import ROOT, call, complains, files, run, works
 
 import prepare
 
 EOT = 50256
+GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257}
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 
 pytestmark = pytest.mark.skipif(
@@ -55,37 +65,11 @@ def read(folder):
     return meta, splits
 
 
-# Rows as each set has them, and the text that a model is to read.
-ROWS = {
-    "owt": [("One page.\n\nIts second paragraph — naïve.\n", "One page.\n\nIts second paragraph — naïve.\n")],
-    "wikitext2": [
-        ("", ""),
-        (" = Robert <unk> = \n", "= Robert <unk> =\n"),
-        (" = = Early life = = \n", "== Early life ==\n"),
-        (" = = = At 3 @.@ 5 litres = = = \n", "=== At 3.5 litres ===\n"),
-        (' The 18 @-@ gun ship ( 1 @,@ 234 tons ) didn \'t sail : the crew said " No . " , he wrote ; why ? \n',
-         'The 18-gun ship (1,234 tons) didn\'t sail: the crew said "No.", he wrote; why?\n'),
-        (" The players ' union ( 1990 – 1995 , see [ 3 ] ) paid $ 5 to Hood 's band . \n",
-         "The players' union (1990 – 1995, see [3]) paid $5 to Hood's band.\n"),
-    ],
-    "ptb": [
-        ("mr. <unk> said the company 's shares did n't rise N N to $ N billion",
-         "mr. <unk> said the company's shares didn't rise 1 1 to $1 billion"),
-        ("the workers ' union wo n't pay # N in the u.s. or NATO",
-         "the workers' union won't pay #1 in the u.s. or NATO"),
-    ],
-    "lambada": [
-        (" “ I don’t know , ” he said .\nThen she left with the dog ",
-         '\n" I don\'t know , " he said .\nThen she left with the dog'),
-    ],
-    "lm1b": [
-        ('" It \'s a fine day , " said Mr. Smith ( Reuters ) - " Is it ? " he asked .',
-         '"It\'s a fine day," said Mr. Smith (Reuters) - "Is it?" he asked.'),
-        ("He said : ' it 's over ' and \" I read ' no ' \" .", "He said: 'it's over' and \"I read 'no'\"."),
-        ("They didn 't pay £ 5m or 7 % -- the Bulls ' coach said : no !",
-         "They didn't pay £5m or 7% -- the Bulls' coach said: no!"),
-    ],
-}  # fmt: skip
+# Rows in the style of each set, made up, and what the loaders of the paper's authors make of them.
+ROWS = {"owt": [("One page.\n\nIts second paragraph — naïve.\n", "One page.\n\nIts second paragraph — naïve.\n")]}
+for line in (Path(__file__).parent / "data/protocol.jsonl").read_text(encoding="utf-8").splitlines():
+    fields = json.loads(line)
+    ROWS.setdefault(fields["set"], []).append((fields["row"], fields["text"]))
 ROWS["wikitext103"] = ROWS["wikitext2"]
 SPLITS = {
     "owt": ["train"], "lambada": ["test"], "lm1b": ["train", "test"],
@@ -96,7 +80,45 @@ SPLITS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_detokenizer(name):
     for row, text in ROWS[name]:
-        assert prepare.SETS[name].detokenize(row) == text
+        assert prepare.detokenize(row, prepare.SETS[name].rules) == text
+
+
+@pytest.mark.parametrize(
+    "name, row, text",
+    [
+        ("wikitext2", "on 5 @,@ @-@ 6 and = = = = = Five = = = = =", "on 5 @,@-6 and ===== Five ====="),
+        ("wikitext2", "N N N ( a ( b ) c ) /' 7/ it 's \n x", "N 1 N (a ( b) c ) /'[0-9]/ it's\nx"),
+        ("wikitext2", 'a \' ( b \' ) " c " " d', 'a \'(b\') "c" " d'),
+        ("ptb", "N N N N rose $ N \\/ N \\/ N", "N 1 1 1 rose $1 / 1 / N"),
+        ("ptb", "its ' own and N 's", "its' own and N's"),
+        ("lm1b", 'It was 5 . He \'s " a ( b ) " ? No . . ', 'It was 5. He\'s "a (b)"? No. . '),
+        ("lm1b", "See https : / / a.org / b ! \n", "See https://a.org/b! \n"),
+    ],
+)
+def test_detokenizer_where_rules_meet(name, row, text):
+    """Rows on which the order of the rules shows."""
+    assert prepare.detokenize(row, prepare.SETS[name].rules) == text
+
+
+DETOKENIZED = [name for name in ROWS if name != "owt"]
+
+
+MARKS = "s n't N $ # <unk> \\/ ( ) [ ] { } \" ' = \n @-@ , .".split(" ")
+
+
+@given(text=st.text() | st.lists(st.sampled_from(MARKS)).map(" ".join))
+@settings(deadline=None)
+def test_any_text_passes(text):
+    for name in DETOKENIZED:
+        assert isinstance(prepare.detokenize(text, prepare.SETS[name].rules), str)
+
+
+@given(text=st.text(st.characters(exclude_characters="\"'()[]{}=@N$£#<\\°“”:;.!?,/\n")))
+def test_text_without_their_marks_is_left_alone(text):
+    for name in DETOKENIZED:
+        assert prepare.detokenize(text, prepare.SETS[name].rules) == (
+            "\n" + text.strip() if name == "lambada" else text
+        )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -124,6 +146,303 @@ def test_lines_of_text_files_are_examples(tmp_path, bpe):
     assert read(tmp_path / "data/lm1b")[1] == {"test": [i for text in texts for i in [*bpe(text), EOT]]}
 
 
+def test_other_sizes_than_the_known_are_told(tmp_path):
+    make(tmp_path / "mine", {"train": ["a b"] * 3, "test": ["c"]})
+    done = works(call("prepare.py", "lm1b", "--source=mine", cwd=tmp_path))
+    assert done.stderr.splitlines() == ["prepare.py: train of mine has 3 rows, not 30,301,028",
+                                        "prepare.py: test of mine has 1 rows, not 306,688"]  # fmt: skip
+    make(tmp_path / "whole", {"test": ["c"] * 5153})
+    assert works(call("prepare.py", "lambada", "--source=whole", cwd=tmp_path)).stderr == ""
+    text = "a b " * 1_250_000
+    make(tmp_path / "parts", {"validation": [text], "test": [text[1:]]})
+    done = works(call("prepare.py", "text8", "--source=parts", cwd=tmp_path))
+    assert done.stderr.splitlines() == ["prepare.py: test of parts has 4,999,999 characters, not 5,000,000"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("eval_*.py")), ids=lambda path: path.stem)
+def test_evaluation_is_on_the_validation_split_where_there_is_one(path):
+    options = runpy.run_path(str(path))
+    _, validation, _ = prepare.SETS[options["dataset"]].sizes
+    assert options["eval_split"] == ("val" if validation else "test")
+
+
+# --------------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The little of the hub's protocol that a download takes: revisions, lists of files, files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.commit, found = "0" * 40, None
+        path = self.path.split("?")[0].replace("%2F", "/")
+        for repo, revision, files in self.server.sets:
+            self.commit = revision if len(revision) == 40 else hashlib.sha1(revision.encode()).hexdigest()
+            if path == f"/api/datasets/{repo}/revision/{revision}":
+                return self.send(json.dumps({"id": repo, "sha": self.commit, "siblings": []}).encode())
+            if path == f"/api/datasets/{repo}/tree/{self.commit}":
+                entries = [{"type": "file", "path": p, "size": len(files[p]), "oid": self.commit} for p in files]
+                return self.send(json.dumps(entries).encode())
+            found = files.get(path.removeprefix(f"/datasets/{repo}/resolve/{self.commit}/"))
+        if found is None:
+            return self.send(b"", 404)
+        first = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0])
+        self.server.asked.append((self.command, path, first))
+        self.send(found[first:], 206 if first else 200)
+
+    def send(self, body, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: self.server.stall])
+            if len(body) > self.server.stall:
+                self.server.stalled.wait(60)
+                self.close_connection = True
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.sets, server.asked, server.stall, server.stalled = [], [], 10**9, threading.Event()
+    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+                  "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.stalled.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def parquet(tmp_path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "one.parquet", compression="none")
+    return (tmp_path / "one.parquet").read_bytes()
+
+
+LAYOUTS = {
+    "owt": ("Skylion007/openwebtext", "main", "plain_text/{}-000{}-of-00080.parquet"),
+    "text8": ("afmck/text8", "main", "data/{}-000{}-of-00002.parquet"),
+    "wikitext2": ("Salesforce/wikitext", "main", "wikitext-2-raw-v1/{}-000{}-of-00002.parquet"),
+    "ptb": ("ptb-text-only/ptb_text_only", "refs/convert/parquet", "penn_treebank/{}/00{}.parquet"),
+    "lm1b": ("billion-word-benchmark/lm1b", "8d52bfd3cc2819fc1166dbb8144c328e2690de3e", "plain_text/{}/00{}.parquet"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_of_the_hub(name, tmp_path, hub):
+    """Each split is read from all of its files, in their order, and from no other: no part, no other configuration."""
+    repo, revision, layout = LAYOUTS[name]
+    column = prepare.SETS[name].column
+    splits = ["train"] if name == "owt" else ["train", "test"] if name == "lm1b" else ["train", "validation", "test"]
+    words = {split: [f"{split} {number}" for number in ("one", "two")] for split in splits}
+    contents = {layout.format(split, f"{i:02}"): parquet(tmp_path, **{column: [words[split][i]]})
+                for split in splits for i in range(2)}  # fmt: skip
+    decoy = parquet(tmp_path, **{column: ["a decoy"]})
+    for path in "{}/partial-train/0000.parquet", "{}-v1/train-00000-of-00001.parquet", "{}-v1/train/0000.parquet":
+        contents[path.format(layout.split("/")[0])] = decoy
+    contents[layout.format("train", "index").replace(".parquet", ".duckdb")] = decoy
+    contents["README.md"] = b"---\nconfigs:\n- config_name: default\n  data_files: none.csv\n---\n"
+    hub.sets = [(repo, revision, contents)]
+    works(run("prepare.py", name, cwd=tmp_path, **hub.env))
+    meta, tokens = read(tmp_path / "data" / name)
+    found = {split: prepare.Tokenizer(meta).decode(tokens[split]) for split in tokens}
+    if name == "owt":
+        found["train"] = "".join(sorted([found["train"], found.pop("val")]))  # one of the two
+    end = "" if name == "text8" else "<|endoftext|>"
+    assert found == {s.replace("validation", "val"): "".join(word + end for word in words[s]) for s in splits}
+    asked = {path.split("/", 6)[6] for _, path, _ in hub.asked}
+    assert asked == {path for path in contents if contents[path] != decoy} - {"README.md"}
+
+
+@pytest.fixture
+def large(hub, tmp_path):
+    """text8 with a file so large that a download can break off in it."""
+    files = {f"data/{split}-00000-of-00001.parquet": parquet(tmp_path, text=[f"{split} text"], junk=[os.urandom(size)])
+             for split, size in (("train", 30_000_000), ("validation", 10), ("test", 10))}  # fmt: skip
+    hub.sets, hub.stall = [("afmck/text8", "main", files)], 25_000_000
+    return hub
+
+
+SIZES = {"train": 10, "val": 15, "test": 9}
+
+
+def test_dropped_connection_loses_nothing(tmp_path, large):
+    large.stalled.set()  # and so it hangs up
+    works(run("prepare.py", "text8", cwd=tmp_path, **large.env))
+    assert read(tmp_path / "data/text8")[0]["sizes"] == SIZES
+    first = [first for command, path, first in large.asked if command == "GET" and "train-" in path]
+    assert len(first) == 2 and first[0] == 0 and first[1] >= 1e7
+
+
+def test_files_that_are_there_are_not_fetched_again_after_a_kill(tmp_path, large):
+    with start(tmp_path, "text8", env=os.environ | large.env) as process:
+        while process.poll() is None and len(list((tmp_path / "hf").rglob("snapshots/*/data/*"))) < 2:
+            time.sleep(0.05)
+        process.kill()
+        process.communicate(timeout=60)
+    assert not (tmp_path / "data").exists()
+    large.asked.clear()
+    large.stall = 10**9
+    works(run("prepare.py", "text8", cwd=tmp_path, **large.env))
+    assert [path.split("/")[-1] for command, path, _ in large.asked if command == "GET"] == [
+        "train-00000-of-00001.parquet"
+    ]
+    assert read(tmp_path / "data/text8")[0]["sizes"] == SIZES
+
+
+# --------------------------------------------------------------------------------------------- byte pair encoding
+
+
+def slow_bpe(text, vocab_size):
+    """The definition, all counted anew for each token."""
+    words = [[bytes([byte]) for byte in word.encode()] for word in regex.findall(prepare.WORD, text)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < vocab_size:
+        seen = Counter(pair for word in words for pair in pairwise(word))
+        most = max(seen.values(), default=0)
+        if most < 2:
+            break
+        best = min(
+            (pair for pair in seen if seen[pair] == most), key=lambda pair: [tokens.index(part) for part in pair]
+        )
+        tokens.append(b"".join(best))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [tokens[-1]]
+                i += 1
+    return list(dict.fromkeys(tokens))
+
+
+def bpe_meta(text, vocab_size):
+    vocab = [token.decode("latin-1") for token in prepare.learn_bpe(text, vocab_size)]
+    return {"tokenizer": "bpe", "vocab_size": len(vocab), "vocab": vocab, "pattern": prepare.WORD}
+
+
+REPETITIVE = st.text(alphabet="ab é\n", max_size=200)
+
+
+@given(text=REPETITIVE | st.text(), vocab_size=st.integers(256, 300))
+@settings(deadline=None)
+def test_learning_is_the_definition(text, vocab_size):
+    assert prepare.learn_bpe(text, vocab_size) == slow_bpe(text, vocab_size)
+
+
+def test_learning_is_the_definition_on_english():
+    text = prepare.pydocs()[50_000:54_000]
+    tokens = prepare.learn_bpe(text, 400)
+    assert tokens == slow_bpe(text, 400)
+    assert len(tokens) == 400 and tokens[:256] == [bytes([byte]) for byte in range(256)]
+    assert b" the" in tokens and not any(b" " in token[1:] for token in tokens if token.strip())
+
+
+def test_learned_words_are_encoded_as_they_were_learned():
+    """What tiktoken makes of a text has the pairs that were merged, and none that is seen twice is left unmerged."""
+    text = prepare.pydocs()[:20_000]
+    tokenizer = prepare.Tokenizer(bpe_meta(text, 2**16))
+    words = [tokenizer.encode(word) for word in regex.findall(prepare.WORD, text)]
+    assert max(Counter(pair for word in words for pair in pairwise(word)).values()) == 1
+
+
+@given(text=st.text(), learned=REPETITIVE)
+@settings(deadline=None)
+def test_any_text_comes_back(text, learned):
+    meta = json.loads(json.dumps(bpe_meta(learned, 270)))
+    tokenizer = prepare.Tokenizer(meta)
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.vocab_size == len(meta["vocab"]) for token in tokens)
+    assert len(tokens) <= len(text.encode())
+
+
+def test_bytes_that_form_no_character_are_the_replacement_sign():
+    tokenizer = prepare.Tokenizer(bpe_meta("", 256))
+    assert tokenizer.decode(list("日".encode()[:2]) + [65, 255]) == "\ufffdA\ufffd"
+    assert tokenizer.decode([]) == "" and tokenizer.encode("") == []
+
+
+@given(text=st.text() | st.text(alphabet="ab1é' \n\t\x1c\u3000日's", max_size=60), size=st.integers(1, 20))
+@settings(deadline=None)
+def test_pieces_are_encoded_as_the_text(text, size):
+    found = prepare.pieces(text, size)
+    assert "".join(found) == text
+    for tokenizer in prepare.Tokenizer(bpe_meta("to be or not to be\n\n  it is " * 3, 280)), prepare.Tokenizer(GPT2):
+        assert sum(map(tokenizer.encode, found), []) == tokenizer.encode(text)
+
+
+def test_long_text_is_cut_into_pieces_of_bounded_size():
+    found = prepare.pieces("some words " * 30, 50)
+    assert len(found) >= 6 and max(map(len, found)) <= 50
+    assert prepare.pieces("", 50) == [] and prepare.pieces("x" * 120 + " y", 50) == ["x" * 120 + " y"]
+
+
+def test_bpe_data_is_the_same_on_every_run_and_learned_from_train_alone(tmp_path):
+    text = prepare.pydocs()[:40_000]
+    ends = "zqzq zqzq " * 400  # the last tenth, of which training sees nothing
+    (tmp_path / "a.txt").write_text(text[:36_000] + ends, encoding="utf-8")
+    (tmp_path / "b.txt").write_text(text, encoding="utf-8")
+    for folder in "one", "two":
+        works(run("prepare.py", "mine", "--input=a.txt", "--tokenizer=bpe", "--vocab_size=400", f"--data_dir={folder}",
+                  cwd=tmp_path, PYTHONHASHSEED="random", OMP_NUM_THREADS="2"))  # fmt: skip
+    works(call("prepare.py", "mine", "--input=b.txt", "--tokenizer=bpe", "--vocab_size=400", cwd=tmp_path))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    (meta, splits), (other, _) = read(tmp_path / "one/mine"), read(tmp_path / "data/mine")
+    assert meta["vocab"] == other["vocab"] and meta["vocab_size"] == 400 and meta["pattern"] == prepare.WORD
+    assert [token.encode("latin-1") for token in meta["vocab"]] == prepare.learn_bpe(text[:36_000], 400)
+    assert (meta["tokenizer"], meta["dtype"]) == ("bpe", "<u2")
+    decode = prepare.Tokenizer(meta).decode
+    assert "".join(decode(splits[split]) for split in ("train", "val", "test")) == text[:36_000] + ends
+    assert meta["bytes"] == {split: len(decode(tokens).encode()) for split, tokens in splits.items()}
+
+
+def test_char_data_of_before_is_still_read():
+    old = {
+        "tokenizer": "char",
+        "source": "x",
+        "vocab_size": 3,
+        "sizes": {},
+        "bytes": {},
+        "vocab": ["a", "b", "é"],
+        "dtype": "<u2",
+    }
+    tokenizer = prepare.Tokenizer(old)
+    assert (tokenizer.encode("éab"), tokenizer.decode([2, 0, 1]), tokenizer.vocab_size) == ([2, 0, 1], "éab", 3)
+    with pytest.raises(ValueError, match="no character 'c'"):
+        tokenizer.encode("abcd")
+
+
+def test_defaults_are_bpe_but_for_sets_by_characters(tmp_path):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    works(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path))
+    works(call("prepare.py", cwd=tmp_path))
+    mine, _ = read(tmp_path / "data/mine")
+    pydocs, _ = read(tmp_path / "data/pydocs")
+    assert mine["tokenizer"] == pydocs["tokenizer"] == "bpe"
+    assert 256 < mine["vocab_size"] < 300 and pydocs["vocab_size"] == prepare.Options.vocab_size
+    assert prepare.SETS["shakespeare_char"].tokenizer == prepare.SETS["text8"].tokenizer == "char"
+
+
+def test_vocab_size_below_the_bytes_is_refused(tmp_path):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    done = call("prepare.py", "x", "--input=some.txt", "--tokenizer=bpe", "--vocab_size=255", cwd=tmp_path)
+    complains(done, "prepare.py", "vocab_size=255", "at least 256")
+
+
 # --------------------------------------------------------------------------------------------------- one long text
 
 
@@ -145,15 +464,16 @@ def test_text8(kind, tmp_path):
     assert read(tmp_path / "again/text8")[1] == splits
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", "gpt2"])
 def test_bytes_of_a_text_of_ones_own(tokenizer, tmp_path):
-    text = "Größe, naïve — 日本語 🙂 and plain words\n" * 30
+    text = "Größe, naïve — 日本語 🙂 and plain words, <|endoftext|> among them\n" * 30
     (tmp_path / "some.txt").write_text(text, encoding="utf-8")
     works(call("prepare.py", "mine", "--input=some.txt", f"--tokenizer={tokenizer}", cwd=tmp_path))
     meta, splits = read(tmp_path / "data/mine")
     decode = prepare.Tokenizer(meta).decode
     assert meta["bytes"] == {split: len(decode(tokens).encode()) for split, tokens in splits.items()}
     assert sum(meta["bytes"].values()) == len(text.encode())
+    assert "".join(decode(splits[split]) for split in ("train", "val", "test")) == text
 
 
 def test_long_text8_is_encoded_in_pieces(tmp_path):
@@ -280,6 +600,23 @@ def test_full_disk_leaves_the_data_as_it_was(pages, tmp_path):
     assert (process.returncode, out) == (2, "")
     assert err.splitlines() == ["prepare.py: error: cannot write data/owt: File too large"]
     assert files(tmp_path) == before and os.listdir(tmp_path / "data") == ["owt"]
+
+
+def test_folder_is_no_data_set_while_files_move_in(tmp_path, monkeypatch):
+    (tmp_path / "some.txt").write_text("some text " * 50)
+    works(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path))
+    replace, calls = os.replace, []
+
+    def stop_at_the_second(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_second)
+    complains(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path), "prepare.py", "data/mine", "Input/output")
+    assert len(calls) == 2 and (tmp_path / "data/mine/train.bin").exists() and os.listdir(tmp_path / "data") == ["mine"]
+    complains(call("train.py", "--dataset=mine", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
 
 
 def test_splits_that_a_set_lacks_are_gone(tmp_path):

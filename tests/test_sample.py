@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 
 import prepare
 import sample
-from sedd import MODELS, SEDDConfig
+from sedd import GPT, MODELS, SEDD, Absorbing, LogLinearNoise, SEDDConfig
+from sedd import sample as diffuse
 from test_published import Bomb
 from test_scripts import ROOT, call, complains, works
 
@@ -47,7 +49,9 @@ def save(folder, model, meta=None):
     """A checkpoint as far as train.py's readers look into it."""
     folder.mkdir()
     meta = meta or {"tokenizer": "char", "vocab_size": len(VOCAB), "vocab": VOCAB}
-    moments = {i: {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for i, p in enumerate(model.parameters())}
+    moments = {
+        i: {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for i, p in enumerate(model.parameters())
+    }
     optimizer = {"adamw": {"state": moments, "param_groups": [{"params": list(moments)}]}}
     checkpoint = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": optimizer, "step": 1,
                   "config": asdict(model.config), "options": {"optimizer": "adamw"}, "meta": meta}  # fmt: skip
@@ -133,6 +137,145 @@ def test_a_model_that_can_only_draw_mask_is_named(tmp_path):
     assert "'lost' has diverged" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+# ------------------------------------------------------------------------------------------- what is said, and where
+
+
+def test_the_newest_checkpoint_under_out_is_taken_and_named(home, tmp_path):
+    complains(call("sample.py", cwd=tmp_path), "sample.py", "out/ckpt.pt", "train", "python train.py")
+    (tmp_path / "out").mkdir()
+    for age, (folder, kind) in enumerate({".": "score", "a": "mean", "b": "causal"}.items()):
+        (tmp_path / "out" / folder).mkdir(exist_ok=True)
+        shutil.copy(home / kind / "ckpt.pt", tmp_path / "out" / folder)
+        os.utime(tmp_path / "out" / folder / "ckpt.pt", (2000 - age, 2000 - age))
+    said = lambda *args: works(call("sample.py", *args, cwd=tmp_path)).stderr
+    assert said("--steps=2").endswith(" 2 steps of tweedie, model from out\n")
+    os.utime(tmp_path / "out/a/ckpt.pt", (3000, 3000))
+    assert said("--steps=2").endswith(" 2 steps of tweedie, model from out/a\n")
+    os.utime(tmp_path / "out/b/ckpt.pt", (4000, 4000))
+    assert said("--length=4").endswith(" 4 steps of GPT, model from out/b\n")
+    assert said("--steps=2", "--out_dir=out").endswith(" from out\n")
+    (tmp_path / "out/b/ckpt.pt").write_bytes(b"")
+    complains(call("sample.py", cwd=tmp_path), "sample.py", "out/b/ckpt.pt")
+
+
+def test_the_text_and_one_line_of_what_made_it(home):
+    done = works(call("sample.py", "--out_dir=score", "--steps=3", cwd=home))
+    assert len(done.stdout) == 33 and done.stdout[-1] == "\n"
+    assert re.fullmatch(r"1 text of 32 tokens in \d+\.\d s: 3 steps of tweedie, model from score\n", done.stderr)
+    done = works(call("sample.py", "--out_dir=uniform", "--steps=2", "--sampler=euler", "--num_samples=2", "--length=33",
+                      cwd=home))  # fmt: skip
+    assert re.fullmatch(r"2 texts of 33 tokens in .* s: 4 steps of euler, model from uniform\n", done.stderr)
+    done = works(call("sample.py", "--out_dir=causal", "--prefix=abc", "--length=5", cwd=home))
+    assert re.fullmatch(r"1 text of 5 tokens in .* s: 2 steps of GPT, model from causal\n", done.stderr)
+
+
+# --------------------------------------------------------------------------------------- many texts, and long ones
+
+
+@pytest.fixture
+def generated(monkeypatch):
+    """The prompts that the models get from now on, and what they make of them."""
+    calls = []
+    for kind in SEDD, GPT:
+        real = kind.generate
+
+        def generate(self, prompt, *args, real=real, **options):
+            prompt = prompt.clone()
+            x = real(self, prompt, *args, **options)
+            calls.append((prompt, x))
+            return x
+
+        monkeypatch.setattr(kind, "generate", generate)
+    return calls
+
+
+class Alphabet:
+    """The exact model of texts that go on as 0, 1, ..., V - 1, 0, ... and begin anywhere: the distribution of each
+    hidden token is that of V possible beginnings, of which one visible token leaves one."""
+
+    def __init__(self, V, block_size):
+        self.V, self.config = V, SEDDConfig(V, block_size)
+        self.graph, self.noise = Absorbing(V), LogLinearNoise()
+
+    def __call__(self, x, sigma):
+        i = torch.arange(x.shape[1])
+        texts = (torch.arange(self.V)[:, None] + i) % self.V
+        fits = ((x[:, None] == texts) | (x[:, None] == self.V)).all(-1).double()
+        assert fits.any(-1).all()  # no text has the tokens that are visible
+        probs = (fits / fits.sum(-1, keepdim=True)) @ torch.nn.functional.one_hot(texts, self.V + 1).double().flatten(1)
+        log_score = (probs.view(*x.shape, -1) / torch.expm1(sigma.double())[:, None, None]).log()
+        return log_score.scatter(-1, x[..., None], 0.0)
+
+    def generate(self, prompt, steps, sampler="tweedie", callback=None):
+        return diffuse(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, callback=callback)
+
+
+@pytest.mark.parametrize(
+    "block_size, length", [(8, 8), (8, 9), (8, 12), (8, 13), (8, 50), (9, 50), (2, 9), (1, 1), (64, 50)]
+)
+def test_pieces_join_without_loss(block_size, length):
+    """A token lost, doubled or written without what stands before it would break the alphabet."""
+    for kept in {0: 5}, {length - 1: (5 + length - 1) % 11}, {i: (5 + i) % 11 for i in range(length // 2 + 1)}:
+        prompt = [kept.get(i, -1) for i in range(length)]
+        if -1 not in prompt or (0 not in kept and length > block_size):  # the end is out of sight of the beginning
+            continue
+        model, seen = Alphabet(11, block_size), []
+        pieces = sample.pieces_of(prompt, block_size)
+        x = sample.write(model, torch.tensor([prompt] * 3), pieces, 2, "tweedie", lambda *state: seen.append(state))
+        assert x.tolist() == [[(5 + i) % 11 for i in range(length)]] * 3
+        assert [step for _, step, _ in seen] == [0, 1, 2] * len(pieces)
+        assert torch.equal(torch.cat([seen[-1][0], seen[-1][2][0]]), x[0])
+
+
+@pytest.mark.parametrize("model", ["score", "uniform", "causal"])
+def test_each_piece_begins_with_the_last_half_of_the_one_before(model, home, generated):
+    steps = [] if model == "causal" else ["--steps=2"]
+    text = write(home, f"--out_dir={model}", *steps, "--length=90", "--prefix=ab")
+    assert len(text) == 90 and text.startswith("ab")
+    prompts, results = zip(*generated)
+    assert [prompt.shape[1] for prompt in prompts] == [32, 32, 32, 32, 26]
+    for prompt, before in zip(prompts[1:], results):
+        assert prompt[0, :16].tolist() == before[0, 16:].tolist() and (prompt[0, 16:] == -1).all()
+    joined = results[0][0].tolist() + [token for x in results[1:] for token in x[0, 16:].tolist()]
+    assert text == "".join(VOCAB[token] for token in joined)
+
+
+def test_long_texts_keep_what_is_given(home, generated):
+    text = write(home, "--out_dir=score", "--steps=2", "--length=100", f"--prefix={50 * 'a'}", "--suffix=the end")
+    assert len(text) == 100 and text.startswith(50 * "a") and text.endswith("the end")
+    assert [int((prompt == -1).sum()) for prompt, _ in generated] == [14, 16, 13]  # no piece without a gap
+    text = write(home, "--out_dir=score", "--steps=2", "--infill=x{40}y{40}z")
+    assert len(text) == 83 and (text[0], text[41], text[82]) == ("x", "y", "z")
+
+
+@pytest.mark.parametrize("model", ["score", "causal"])
+def test_many_texts_are_written_in_batches_that_fit(model, home, generated):
+    args = [f"--out_dir={model}", "--num_samples=1100", "--length=34"] + ["--steps=1"] * (model == "score")
+    texts = write(home, *args).split(LINE)
+    assert len(texts) == 1100 and {len(text) for text in texts} == {34} and len(set(texts)) > 1000
+    shapes = [tuple(prompt.shape) for prompt, _ in generated]
+    assert shapes == [(512, 32), (512, 18)] * 2 + [(76, 32), (76, 18)]
+    assert [prompt.tolist() for prompt, _ in generated[1::2]] == [
+        [row[16:] + [-1, -1] for row in x.tolist()] for _, x in generated[::2]]  # fmt: skip
+    halves = [torch.cat([x for _, x in generated[i::2]]).tolist() for i in (0, 1)]
+    rows = [first + second[16:] for first, second in zip(*halves)]
+    assert texts == ["".join(VOCAB[token] for token in row) for row in rows]
+    assert write(home, *args).split(LINE) == texts
+
+
+def test_what_was_written_before_ctrl_c_is_not_lost(home, generated, monkeypatch):
+    counted = SEDD.generate
+
+    def generate(*args, **options):
+        if len(generated) == 2:
+            raise KeyboardInterrupt
+        return counted(*args, **options)
+
+    monkeypatch.setattr(SEDD, "generate", generate)
+    done = call("sample.py", "--out_dir=score", "--steps=1", "--num_samples=1100", cwd=home)
+    assert done.returncode == 130 and len(done.stdout.split(LINE)) == 1024 and done.stderr == ""
+
+
 # --------------------------------------------------------------------------------------------------------- any prompt
 
 ANY = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -142,7 +285,7 @@ GAPS, KNOWN = st.integers(-1, 40).map("{{{}}}".format), st.text(st.sampled_from(
 PIECES = st.lists(TEXTS | KNOWN | GAPS, max_size=6) | st.lists(KNOWN | st.sampled_from(["{1}", "{5}"]), max_size=6)
 
 
-def kept(pieces, text):
+def kept_in_order(pieces, text):
     """Whether the pieces are in the text, in their order, the first at its beginning and the last at its end."""
     return re.fullmatch(".*".join(map(re.escape, pieces)), text, re.DOTALL)
 
@@ -160,7 +303,7 @@ def test_any_infill(model, home, pieces):
     if done.returncode:
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.split("\n")) == 2, done.stderr
     elif infill and not re.search("[\ud800-\udfff]", infill):  # GPT-2's tokens have none of these
-        assert kept(re.split(r"\{\d+\}", infill), done.stdout[:-1])
+        assert kept_in_order(re.split(r"\{\d+\}", infill), done.stdout[:-1])
 
 
 @example("", "")
@@ -173,21 +316,65 @@ def test_any_prefix_and_suffix(home, prefix, suffix):
         assert set(prefix + suffix) - set(VOCAB) or len(prefix + suffix) >= 32
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.split("\n")) == 2, done.stderr
     else:
-        assert len(done.stdout[:-1]) == 32 and kept([prefix, suffix], done.stdout[:-1])
+        assert len(done.stdout[:-1]) == 32 and kept_in_order([prefix, suffix], done.stdout[:-1])
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A folder with a model of byte-level tokens learned from English text, and the tokenizer of these."""
+    home = tmp_path_factory.mktemp("learned")
+    (home / "some.txt").write_text("the cat sat on the mat, and the rat ate the hat. " * 50)
+    works(call("prepare.py", "some", "--input=some.txt", "--tokenizer=bpe", "--vocab_size=280", cwd=home))
+    meta = json.loads((home / "data/some/meta.json").read_text())
+    save(home / "bytes", random_model(vocab_size=meta["vocab_size"]), meta)
+    return home, prepare.Tokenizer(meta)
+
+
+def test_a_text_that_the_tokens_were_not_learned_from_is_kept(learned):
+    home, tokenizer = learned
+    prefix, suffix = "你好，世界！🙂 the cat 👩‍🚀 ", " 再见🎉\n"
+    assert len(tokenizer.encode(prefix)) > 32  # more than a block
+    for length in 60, 100:
+        text = write(
+            home, "--out_dir=bytes", "--steps=2", f"--prefix={prefix}", f"--suffix={suffix}", f"--length={length}"
+        )
+        assert text.startswith(prefix) and text.endswith(suffix) and len(text) > len(prefix + suffix)
+    assert "\ufffd" in text  # an untrained model writes bytes that form no character
+
+
+def test_infilling_counts_tokens(learned):
+    home, tokenizer = learned
+    done = works(call("sample.py", "--out_dir=bytes", "--steps=2", "--infill=the cat{7}日本{2}🙂", cwd=home))
+    kept = [len(tokenizer.encode(text)) for text in ("the cat", "日本", "🙂")]
+    assert kept[0] < 7 and done.stderr.startswith(f"1 text of {sum(kept) + 9} tokens ")
+    assert kept_in_order(["the cat", "日本", "🙂"], done.stdout[:-1])
+
+
+def test_bytes_that_form_no_character_break_no_terminal(learned):
+    terminal = Terminal(learned[0], "--watch=False", "--out_dir=bytes", "--steps=2", "--num_samples=20")
+    assert terminal.end() == 0
+    texts = terminal.written.replace("\r\n", "\n")
+    assert "\ufffd" in texts and not [c for c in texts if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the judge
 
 
+WORDS = {"[UNK]": 0} | {c: i + 1 for i, c in enumerate(reversed(VOCAB[:-1]))}  # of the judge, which lacks 日
+
+
 @pytest.fixture(scope="module")
 def judges(home):
-    """Two random GPT-2s in home, without tokenizers: one that knows the models' characters and one GPT-2's tokens."""
-    transformers = pytest.importorskip("transformers")
-    for name, vocab_size in ("judge", len(VOCAB)), ("judge_bpe", 50257):
+    """Two random GPT-2s in home: one that reads characters with a tokenizer of its own, and one without any."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    for name, vocab_size in ("judge", len(WORDS)), ("mute", 50257):
         torch.manual_seed(5)
         config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=24, n_embd=16, n_layer=2, n_head=2,
                                          initializer_range=0.5, bos_token_id=0, eos_token_id=0)  # fmt: skip
         transformers.GPT2LMHeadModel(config).save_pretrained(home / name)
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, "[UNK]"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(home / "judge")
     return transformers
 
 
@@ -197,41 +384,35 @@ def told(done):
     return float(found[1]), found[2], float(found[3])
 
 
-@pytest.mark.parametrize("model, judge", [("score", "judge"), pytest.param("bpe", "judge_bpe", marks=needs_bpe)])
-def test_perplexity_and_entropy_from_their_definitions(model, judge, home, judges):
-    args = f"--out_dir={model}", "--steps=2", "--num_samples=3", f"--judge={judge}"
+@pytest.mark.parametrize("model", ["score", pytest.param("bpe", marks=needs_bpe)])
+def test_perplexity_and_entropy_from_their_definitions(model, home, judges):
+    args = f"--out_dir={model}", "--steps=2", "--num_samples=3", "--judge=judge"
     done = works(call("sample.py", *args, cwd=home))
     texts = done.stdout[:-1].split(LINE)
-    network = judges.GPT2LMHeadModel.from_pretrained(home / judge).double()
-    meta = GPT2 if model == "bpe" else {"tokenizer": "char", "vocab_size": len(VOCAB), "vocab": VOCAB}
+    network = judges.GPT2LMHeadModel.from_pretrained(home / "judge").double()
     nats = []
     for text in texts:
-        tokens = prepare.Tokenizer(meta).encode(text)[:24]
+        tokens = [WORDS.get(c, 0) for c in text][:24]
         for i in range(1, len(tokens)):  # a token at a time
             logits = network(torch.tensor([tokens[:i]])).logits[0, -1]
             nats.append((logits.logsumexp(0) - logits[tokens[i]]).item())
     seen = told(done)
     assert seen[0] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-3, abs=0.006)
-    assert seen[1] == judge and seen[0] > 1.2 * network.config.vocab_size ** 0.5
+    assert seen[1] == "judge" and seen[0] > 1.2 * network.config.vocab_size**0.5
     if model == "score":
         shares = [[text.count(c) / len(text) for c in set(text)] for text in texts]
         assert seen[2] == pytest.approx(-sum(p * math.log(p) for row in shares for p in row) / 3, abs=0.006)
 
 
-@needs_bpe
-def test_a_judge_reads_with_its_own_tokenizer(home, judges):
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {"[UNK]": 0} | {c: i + 1 for i, c in enumerate(reversed(VOCAB[:-1]))}
-    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    judges.GPT2LMHeadModel.from_pretrained(home / "judge").save_pretrained(home / "own")
-    judges.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(home / "own")
-    judge, encode = sample.load_judge(str(home / "own"), torch.device("cpu"), prepare.Tokenizer(GPT2))
-    assert encode("ab日x") == [words["a"], words["b"], 0 if "日" not in words else words["日"], words["x"]]
-    assert sample.perplexity(judge, encode, ["a", ""]) is math.nan
-    network, tokens = judges.GPT2LMHeadModel.from_pretrained(home / "judge"), torch.tensor([encode("hello")])
-    expected = network(tokens, labels=tokens).loss.exp().item()
-    assert sample.perplexity(judge, encode, ["hello"]) == pytest.approx(expected, rel=1e-4)
+def test_a_judge_weighs_every_token_alike(home, judges):
+    perplexity = sample.load_judge(str(home / "judge"), torch.device("cpu"))
+    assert math.isnan(perplexity(["a", ""]))
+    network = judges.GPT2LMHeadModel.from_pretrained(home / "judge")
+    expected = network(torch.tensor([[WORDS[c] for c in "hello"]]), labels=torch.tensor([[WORDS[c] for c in "hello"]]))
+    assert perplexity(["hello"]) == pytest.approx(expected.loss.exp().item(), rel=1e-4)
+    few, many = perplexity(["ab日"]), perplexity(["hello world"])  # 2 and 10 tokens that count
+    together = math.exp((2 * math.log(few) + 10 * math.log(many)) / 12)
+    assert perplexity(["ab日", "x", "hello world"]) == pytest.approx(together, rel=1e-4)
 
 
 def test_unigram_entropy_of_known_texts():
@@ -245,7 +426,13 @@ def test_no_judge(home, judges, monkeypatch):
     ask = lambda judge: call("sample.py", "--out_dir=score", f"--judge={judge}", cwd=home)
     complains(ask("no/judge"), "sample.py", "'no/judge'", "causal language model")
     complains(ask("published"), "sample.py", "'published'", "causal language model")
-    complains(ask("judge_bpe"), "sample.py", "'judge_bpe'", "no tokenizer", "50257", f"{len(VOCAB)}")
+    complains(ask("mute"), "sample.py", "'mute'", "no tokenizer")
+    shutil.copytree(home / "judge", home / "holey")
+    network = judges.GPT2LMHeadModel.from_pretrained(home / "judge")
+    weights = network.state_dict()
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    network.save_pretrained(home / "holey", state_dict=weights)
+    complains(ask("holey"), "sample.py", "'holey'", "no weights for transformer.h.0.mlp.c_fc.weight")
     (home / "coded").mkdir()
     code = {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}
     (home / "coded/config.json").write_text(json.dumps({"model_type": "x", "auto_map": code}))
@@ -264,14 +451,14 @@ def test_no_judge(home, judges, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- the terminal
 
 
-@given(st.text(st.sampled_from("ab \t\n\x1b\r\x07é日") | st.characters(), max_size=60), st.integers(2, 20))
+@given(st.text(st.sampled_from("ab \t\n\x1b\r\x07\x9bé日") | st.characters(), max_size=60))
 @ANY
-def test_rows_fit_and_hold_the_text(text, width):
-    rows = sample.wrap(text, width)
-    cells = lambda row: sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in row)
-    assert all(cells(row) <= width and (row.isprintable() or not row) for row in rows)
-    assert "".join(rows) == "".join(c if c.isprintable() else "?" for c in text.expandtabs(4) if c != "\n")
-    assert len(rows) > text.count("\n")
+def test_a_text_moves_no_cursor(text):
+    shown = sample.UNSAFE.sub("\ufffd", text)
+    assert len(shown) == len(text)
+    for i, (a, b) in enumerate(zip(text, shown)):
+        safe = unicodedata.category(a) != "Cc" or a in "\n\t" or text[i : i + 2] == "\r\n"
+        assert b == (a if safe else "\ufffd")
 
 
 class Terminal:
@@ -301,11 +488,13 @@ class Terminal:
 ENTER, LEAVE = "\033[?1049h\033[?25l", "\033[?25h\033[?1049l"
 
 
-def screens_of(shown):
-    """The frames, each the text on its rows put together and its last row, which says the step."""
-    frames = [frame.split("\r\n") for frame in shown.split("\033[H")[1:]]
-    assert all(len(frame) == 12 and all(row.startswith("\033[K") for row in frame) for frame in frames)
-    return [("".join(row[3:] for row in frame[:-1]), frame[-1][3:]) for frame in frames]
+def screens_of(written):
+    """The frames, each the text and the step that the bar below it tells, and what came before and after them."""
+    before, rest = written.split(ENTER)
+    shown, after = rest.split(LEAVE)
+    frames = [frame.partition("\r\n\033[999H") for frame in shown.split("\033[H\033[2J")[1:]]
+    frames = [(text, re.search(r"(\d+)/", bar)) for text, _, bar in frames]
+    return [(text, int(step[1])) for text, step in frames if step], before, after  # a signal can cut off the last bar
 
 
 def test_watching_shows_masks_turn_into_text(home):
@@ -313,27 +502,60 @@ def test_watching_shows_masks_turn_into_text(home):
     terminal.read(until=ENTER)
     started = time.monotonic()
     assert terminal.end() == 0 and time.monotonic() - started > 5
-    before, rest = terminal.written.split(ENTER)
-    shown, after = rest.split(LEAVE)
+    frames, before, after = screens_of(terminal.written)
+    screens, steps = zip(*frames)
     assert before == ""
-    screens, steps = zip(*screens_of(shown))
-    assert 20 < len(screens) <= 31 and steps[0] == "step 0 of 30" and steps[-1] == "step 30 of 30"
-    assert screens[-1] == "".join(sample.wrap(after.replace("\r\n", "\n"), 20))
+    assert 20 < len(screens) <= 31 and steps[0] == 0 and steps[-1] == 30 and sorted(steps) == list(steps)
+    assert after.replace("\r\n", "\n").lstrip("\r ").startswith(screens[-1].replace("\r\n", "\n") + "\n1 text of 29 ")
     dots = [screen.count("·") for screen in screens]
     assert dots[0] == 23 and dots[-1] == 0 and sorted(dots, reverse=True) == dots and len(set(dots)) > 8
-    assert screens[0] == "日ab" + 12 * "·" + "cd" + 11 * "·" and all(screen.startswith("日ab") for screen in screens)
+    assert screens[0] == "日ab" + 12 * "·" + "cd" + 9 * "·" + "\r\n" + 2 * "·"
+    assert all(screen.startswith("日ab") for screen in screens)
+
+
+def test_watching_slides_along_a_long_text(home):
+    """Each frame holds the text up to the end of the piece in work, of which the terminal shows the last rows."""
+    terminal = Terminal(home, "--out_dir=score", "--steps=10", "--length=64", "--prefix=日ab")
+    assert terminal.end() == 0
+    frames, _, after = screens_of(terminal.written)
+    screens, steps = zip(*((screen.replace("\r\n", "\n"), step) for screen, step in frames))
+    assert steps[0] == 0 and steps[-1] == 30 and screens[-1] + "\n" in after.replace("\r\n", "\n")
+    assert {len(screen) for screen in screens} == {32, 48, 64} and all(screen.startswith("日ab") for screen in screens)
+    for shorter, longer in zip(screens, screens[1:]):
+        assert all(a in ("·", b) for a, b in zip(shorter, longer))  # what is written stays
+    assert not any("·" in screen[: max(0, len(screen) - 16)] for screen in screens if len(screen) > 32)
 
 
 @pytest.mark.parametrize("end, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_leaves_the_terminal_as_it_was(end, status, home):
     """Under the uniform graph, where there are no masks and text changes."""
     terminal = Terminal(home, "--out_dir=uniform", "--steps=64", "--prefix=日ab")
-    terminal.read(until="step 9 of")
+    terminal.read(until=" 9/64")
     terminal.process.send_signal(end)
     assert terminal.end() == status
-    assert terminal.written.endswith(LEAVE) and "Traceback" not in terminal.written
-    screens, steps = zip(*screens_of(terminal.written.split(ENTER)[1].split(LEAVE)[0].removesuffix("^C")))
+    frames, _, after = screens_of(terminal.written)
+    assert after.strip("\r ") == "" and "Traceback" not in terminal.written
+    screens = [screen for screen, _ in frames]
     assert len(set(screens)) > 3 and all(screen.startswith("日ab") and "·" not in screen for screen in screens)
+
+
+def test_a_bar_counts_the_steps_of_all_texts_and_is_gone_when_they_come(home):
+    terminal = Terminal(home, "--watch=False", "--out_dir=score", "--steps=60", "--num_samples=513", "--length=48")
+    assert terminal.end() == 0
+    bars, texts = re.split(r"\r +\r", terminal.written)
+    counts, totals = zip(*re.findall(r" (\d+)/(\d+)", bars))
+    assert set(totals) == {"240"} and 200 < int(counts[-1]) <= 240 and sorted(counts, key=int) == list(counts)
+    assert len(texts.replace("\r\n", "\n").split(LINE)) == 513 and "%|" not in texts
+
+
+def test_a_text_breaks_no_terminal_and_a_pipe_gets_it_whole(tmp_path):
+    vocab = sorted(set(VOCAB) | {"\x1b", "\x07", "\r"})
+    meta = {"tokenizer": "char", "vocab_size": len(vocab), "vocab": vocab}
+    save(tmp_path / "wild", random_model(vocab_size=len(vocab)), meta)
+    args = "--out_dir=wild", "--steps=1", "--prefix=a\x1b2\x07", "--length=6"
+    assert write(tmp_path, *args).startswith("a\x1b2\x07")
+    terminal = Terminal(tmp_path, "--watch=False", *args)
+    assert terminal.end() == 0 and terminal.written.startswith("a\ufffd2\ufffd") and "\x1b" not in terminal.written
 
 
 def test_watching_needs_a_terminal(home):
@@ -344,7 +566,7 @@ def test_interrupted_sampling_ends_quietly(home, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.sample", stop)
+    monkeypatch.setattr("sedd.SEDD.generate", stop)
     done = call("sample.py", "--out_dir=score", cwd=home)
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
 

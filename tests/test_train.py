@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import math
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -194,17 +196,19 @@ def test_each_optimiser_has_its_parameters(home):
     """Muon orthogonalises: in its first step the singular values, but for the smallest, are those of AdamW's size."""
     model = sedd.SEDD(sedd.SEDDConfig(7, 8, 2, 2, 32, 16))
     names = {id(p): name for name, p in model.named_parameters()}
-    shares = {kind: {names[id(p)] for p in mine} for kind, mine in train.shares(model, "muon").items()}
+    state = train.State(model, train.Options(learning_rate=0.01))
+    shares = {kind: {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+              for kind, optimizer in state.optimizers.items()}  # fmt: skip
     assert shares["muon"] == {f"blocks.{i}.{name}.weight" for i in range(2)
                               for name in ("attn_qkv", "attn_out", "mlp.0", "mlp.2")}  # fmt: skip
     assert shares["adamw"] == {*names.values()} - shares["muon"]
-    assert [*map(len, train.shares(model, "adamw").values())] == [len(names)]
+    alone = train.State(model, train.Options(optimizer="adamw")).optimizers
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in alone.values()] == [len(names)]
 
     before = copy.deepcopy(model)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    for optimizer in train.make_optimizers(model, train.Options(learning_rate=0.01)).values():
-        optimizer.step()
+    state.update(lr=0.01, ema=0.999)
     moves = [p.detach() - q.detach() for p, q in zip(model.parameters(), before.parameters())]
     for p, move in zip(model.parameters(), moves):
         if names[id(p)] in shares["muon"]:
@@ -303,8 +307,10 @@ def test_auto_starts_and_goes_on(home):
 def test_every_earlier_checkpoint_is_kept(home):
     for steps in 1, 2, 3:
         works(call("train.py", *TINY, f"--max_steps={steps}", "--out_dir=thrice", cwd=home))
-    kept = [torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] for name in (".old", ".old2", "")]
-    assert kept == [1, 2, 3]
+    for steps, name in (1, ".old"), (2, ".old2"), (3, ""):
+        assert torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] == steps
+        log = [json.loads(line) for line in (home / "thrice" / f"log{name}.jsonl").read_text().splitlines()]
+        assert (log[0]["step"], log[0]["options"]["max_steps"], log[-1]["step"]) == (0, steps, steps)
 
 
 def test_one_training_at_a_time_in_a_folder(home):
@@ -322,8 +328,8 @@ def test_the_average_remembers_no_graph(home, monkeypatch):
     seen = []
     monkeypatch.chdir(home)
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **kwargs: seen.extend(model.parameters()) or (0.0, 0.0))
-    options = {name: value for name, value in SIZES.items()} | {"max_steps": 3, "out_dir": "average"}
-    train.train(train.Options(**options), options)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--max_steps=3", "--out_dir=average"])
+    train.main()
     assert seen and all(p.grad_fn is None and not p.requires_grad for p in seen)
 
 
@@ -380,6 +386,241 @@ def test_torchrun_restarts_after_the_loss_of_a_process(home):
         assert_same(a[part], b[part], part)
 
 
+# ------------------------------------------------------------------------------- what a user starts and starts again
+
+
+def test_a_stopped_run_of_the_defaults_ends_at_the_same_bits(home):
+    """Compiled, as 500 steps are: also where it is stopped with less than that to go."""
+    if not train.can_compile(torch.device("cpu")):
+        pytest.skip("torch.compile does not work here")
+    args = [word for word in TINY if "compile" not in word] + ["--max_steps=505", "--log_interval=1", "--eval_interval=9999"]
+    straight = works(run("train.py", *args, "--out_dir=at_once", cwd=home))
+    process = launch(home, *args, "--out_dir=in_two", "--save_interval=9999")
+    log = home / "in_two/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    step = checkpoint(home / "in_two")["step"]
+    assert process.returncode == 143 and 10 <= step < 505
+    resumed = works(run("train.py", "--init_from=resume", "--out_dir=in_two", cwd=home))
+    assert f"compiled; {4 * L} tokens a step, steps {step} to 505" in resumed.stdout and ", compiled" in straight.stdout
+    for part in "model", "ema", "optimizer":
+        assert_same(checkpoint(home / "at_once")[part], checkpoint(home / "in_two")[part], part)
+
+
+def test_a_micro_batch_is_never_larger_than_the_share(home, monkeypatch):
+    works(call("train.py", *TINY, "--micro_batch_size=32", "--max_steps=1", "--out_dir=small_share", cwd=home))
+    owt = train.Options(batch_size=512, micro_batch_size=32)
+    for world, count in (1, 16), (8, 2), (16, 1), (32, 1), (512, 1):
+        monkeypatch.setattr(train, "WORLD", world)
+        assert train.count_micro_batches(owt) == count
+
+
+def test_fine_tuning_with_another_length_and_dropout(home):
+    args = ["--init_from=out", "--out_dir=shorter", "--block_size=16", "--dropout=0.2", "--max_steps=1", "--device=cpu"]
+    works(call("train.py", *args, cwd=home))
+    assert checkpoint(home / "shorter")["config"] == checkpoint(home / "out")["config"] | {"block_size": 16, "dropout": 0.2}
+    works(call("train.py", "--init_from=resume", "--out_dir=shorter", "--max_steps=2", "--dropout=0", cwd=home))
+    assert checkpoint(home / "shorter")["config"]["dropout"] == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_hindrance(home, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    works(call("train.py", *TINY, "--max_steps=1", "--out_dir=lockless", cwd=home))
+    assert fcntl.flock.called
+
+
+def test_a_restart_by_torchrun_goes_on_like_auto(home, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    shutil.copytree(home / "out", home / "again")
+    done = works(call("train.py", *TINY, "--max_steps=22", "--out_dir=again", cwd=home))
+    assert "steps 20 to 22" in done.stdout and sorted(os.listdir(home / "again")) == ["ckpt.pt", "log.jsonl"]
+    done = works(call("train.py", *TINY, "--max_steps=1", "--out_dir=again_new", cwd=home))
+    assert "steps 0 to 1" in done.stdout
+    done = works(call("train.py", "--init_from=again", "--out_dir=again_new", "--eval_only", cwd=home))
+    assert re.search(r"^again: bound ", done.stdout, re.MULTILINE)  # and not of the checkpoint in again_new
+
+
+def test_process_0_decides_for_all_whether_to_resume(home):
+    """The others may see an older state of the folder: here the second process sees no checkpoint."""
+    shutil.copytree(home / "out", home / "stale")
+    (home / "stale.py").write_text(
+        "import os, pathlib, runpy, sys\n"
+        "is_file = pathlib.Path.is_file\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    pathlib.Path.is_file = lambda path: path.name != 'ckpt.pt' and is_file(path)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
+    done = works(run(home / "stale.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    assert "steps 20 to 22" in done.stdout and checkpoint(home / "stale")["step"] == 22
+
+
+@pytest.mark.parametrize("option, keys", [
+    ("--eval_split=test", {"test_bound", "test_error"}), ("--parameterization=causal", {"val_nll", "val_error"}),
+])  # fmt: skip
+def test_the_log_names_what_was_measured(home, option, keys):
+    works(call("train.py", *TINY, option, "--max_steps=1", "--out_dir=named", cwd=home))
+    (record,) = read_log(home / "named")
+    assert record.keys() == {"step", "loss", "norm", "lr", "ms", "tokens_per_s"} | keys
+    assert json.loads((home / "named/log.jsonl").read_text().splitlines()[0])["options"]["out_dir"] == "named"
+
+
+def test_speed_is_that_of_the_steps_alone(home, monkeypatch):
+    """Neither saving nor evaluating counts."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or save(*args))
+    args = ["--save_interval=1", "--log_interval=1", "--eval_interval=1", "--eval_times=50", "--max_steps=3", "--out_dir=paused"]
+    works(call("train.py", *TINY, *args, cwd=home))
+    assert all(4 * L / record["tokens_per_s"] < 1 for record in read_log(home / "paused")[1:])
+
+
+def test_ten_in_a_row_end_all_restarts(home):
+    """They would meet the same batches again."""
+    args = [*TINY, "--learning_rate=1e30", "--warmup_steps=0", "--seed=3", "--out_dir=once"]
+    launcher = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3"]
+    done = run("train.py", *args, cwd=home, launcher=launcher)
+    assert done.returncode != 0 and done.stderr.count("train.py: error: loss or gradient is not finite") == 1
+
+
+def test_a_folder_of_nanogpt_trains_as_it_is(home):
+    (home / "data/nano").mkdir()
+    for name in "train", "val":
+        shutil.copy(home / f"data/bpe/{name}.bin", home / "data/nano")
+    done = works(call("train.py", *TINY, "--dataset=nano", "--max_steps=1", "--out_dir=nano", cwd=home))
+    assert "bits per byte" not in done.stdout and checkpoint(home / "nano")["config"]["vocab_size"] == 50257
+    (home / "data/nano/meta.pkl").touch()  # that of nanoGPT's characters
+    complains(call("train.py", *TINY, "--dataset=nano", cwd=home), "train.py", "data/nano", "not prepared")
+
+
+def test_a_young_average_forgets_the_start(home):
+    """Its weight is min(ema, (1 + step) / (10 + step)), so that a short run's average is not its random start."""
+    state = train.State(torch.nn.ModuleDict({"blocks": torch.nn.Linear(1, 1, bias=False)}), train.Options(optimizer="adamw"))
+    (p,), (mean,) = state.model.parameters(), state.average.parameters()
+    p.grad, expected = torch.zeros_like(p), mean.item()
+    for state.step, weight in (0, 0.1), (1, 2 / 11), (5000, 0.99):
+        p.data.fill_(state.step + 1)
+        state.update(lr=0.0, ema=0.99)
+        expected = weight * expected + (1 - weight) * (state.step + 1)
+        assert mean.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times):
+    """Below it the uniform graph's losses explode; each of B even times has a B-th of the rest."""
+    o = train.Options(**SIZES | {"batch_size": 1000}, data_dir=str(home / "data"), times=times)
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
+    for step in range(5):
+        _, t, _ = data.batch(o, step, model)
+        assert t.min() >= 1e-3 and t.max() <= 1
+        even = (t.double() - 1e-3) / (1 - 1e-3)
+        even = torch.special.ndtr(torch.logit(even)) if times == "logit_normal" else even
+        assert (1000 * even.sort()[0] - torch.arange(1000) - 0.5).abs().max() < 0.51
+
+
+# ------------------------------------------------------------------------------------------- many GPUs, and older ones
+
+
+def test_the_processes_share_the_noise_evenly(home, monkeypatch):
+    """Of the masked positions of a step the busiest of 4 processes has hardly more than its part: all wait for it."""
+    o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20, data_dir=str(home / "data"))
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
+    monkeypatch.setattr(train, "WORLD", 4)
+    masked = torch.zeros(4, 20)
+    for step in range(20):
+        whole = data.batch(o, step, model)
+        for rank in range(4):
+            monkeypatch.setattr(train, "RANK", rank)
+            parts = train.micro_batches(data, o, step, model, torch.device("cpu"), 2)
+            for i, part in enumerate(parts):
+                assert_same(part, [tensor[rank::4][i::2] for tensor in whole])
+            masked[rank, step] = sum((x == model.graph.mask_id).sum() for _, _, x in parts)
+    assert (masked.max(0).values <= 1.1 * masked.mean(0)).all()
+
+
+def test_weights_of_one_two_and_four_processes_agree(home):
+    args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
+            "--optimizer=adamw"]  # Muon counts in bfloat16 and makes much of a rounding  # fmt: skip
+    for count in 1, 2, 4:
+        works(run("train.py", *args, f"--out_dir=w{count}", cwd=home, launcher=[*TORCHRUN, f"--nproc-per-node={count}"]))
+    one = checkpoint(home / "w1")["model"]
+    for count in 2, 4:
+        many = checkpoint(home / f"w{count}")["model"]
+        assert max((many[name] - p).abs().max() for name, p in one.items()) < 1e-4
+
+
+def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
+    """A strided tensor would be copied through memory that is not pinned. (Without a GPU there is none to pin.)"""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    o = train.Options(**SIZES, data_dir=str(home / "data"))
+    data = train.Data(o)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
+    a, b = (train.micro_batches(data, o, 3, model, torch.device(name), 2) for name in ("cpu", "cuda"))
+    assert_same(a, b)
+    assert len(pinned) == 6 and all(tensor.is_contiguous() for tensor in pinned)
+
+
+def test_the_share_of_the_peak_is_told_where_it_is_known(monkeypatch):
+    """Worked out by hand: a weight of trunk and head takes 6 operations a token, attention 12 x layers x width x length."""
+    model, o = sedd.SEDD(sedd.SEDDConfig(99, 8, 2, 2, 32, 16)), train.Options(batch_size=4, block_size=8)
+    work = 4 * 8 * (6 * (2 * (12 * 32 * 32 + 5 * 32 + 2 * 32) + 100 * 32 / 2) + 12 * 2 * 32 * 8)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
+    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12, "Tesla T4": 65e12,
+             "NVIDIA L4": 121e12, "NVIDIA L40S": None, "NVIDIA GeForce RTX 4090": 165e12}  # fmt: skip
+    for name, peak in known.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        told = train.speed(o, model, work / 989e12 / 0.25, torch.device("cuda"), torch.bfloat16)
+        assert told["peak_gb"] == 12.35 and told.get("mfu") == (peak and pytest.approx(0.25 * 989e12 / peak, abs=1e-3))
+    assert train.speed(o, model, 0.5, torch.device("cpu"), torch.bfloat16) == {"ms": 500.0, "tokens_per_s": 64}
+
+
+def test_float16_ends_near_bfloat16(home):
+    bounds = {}
+    for dtype in "float16", "bfloat16":
+        args = [*TINY, f"--dtype={dtype}", "--max_steps=50", "--warmup_steps=5", "--eval_sequences=32", f"--out_dir={dtype}"]
+        assert f"in {dtype}, math attention" in works(call("train.py", *args, cwd=home)).stdout
+        bounds[dtype] = read_log(home / dtype)[-1]["val_bound"]
+    assert bounds["float16"] == pytest.approx(bounds["bfloat16"], abs=0.1)
+    assert checkpoint(home / "float16")["scaler"]["scale"] >= 1 and checkpoint(home / "bfloat16")["scaler"] == {}
+
+
+SCALER = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+
+
+def test_overflow_in_float16_is_left_out_by_both_optimisers_and_survived(home):
+    """Also more than ten times in a row, while the scale of the loss still comes down."""
+    put_checkpoint(home, "scaled", lambda saved: saved.update(scaler=SCALER | {"scale": 2.0**60}))
+    args = ["--init_from=resume", "--out_dir=scaled", "--dtype=float16", "--log_interval=1"]
+    works(call("train.py", *args, "--max_steps=25", cwd=home))
+    a, b = checkpoint(home / "out"), checkpoint(home / "scaled")
+    assert b["step"] == 25 and b["scaler"]["scale"] == 2.0**55
+    for part in "model", "ema":
+        assert_same(a[part], b[part])
+    for name, optimizer in a["optimizer"].items():
+        assert_same(optimizer["state"], b["optimizer"][name]["state"])
+    works(call("train.py", *args, "--max_steps=80", cwd=home))
+    skipped = [record.get("skipped", 0) for record in read_log(home / "scaled")]
+    count = sum(skipped)
+    assert skipped == [1] * count + [0] * (60 - count) and 30 < count < 55
+    assert checkpoint(home / "scaled")["scaler"]["scale"] == 2.0 ** (60 - count)
+
+
+def test_ten_in_a_row_stop_float16_when_the_scale_is_down(home):
+    def spoil(saved):
+        saved["model"]["output_layer.linear.bias"][0] = 3e38
+        saved["scaler"] = SCALER | {"scale": 8.0}
+
+    put_checkpoint(home, "down", spoil)
+    args = ["--init_from=resume", "--out_dir=down", "--dtype=float16", "--max_steps=60"]
+    done = call("train.py", *args, cwd=home)
+    assert done.returncode == 1 and "not finite in steps 24 to 33" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------ full disk
 
 
@@ -420,41 +661,47 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(home):
     args = ["--learning_rate=1e30", "--warmup_steps=0", "--max_steps=100", "--save_interval=1", "--out_dir=wild"]
     done = call("train.py", *TINY, *args, "--seed=3", cwd=home)
     assert "Traceback" not in done.stderr
-    first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.returncode).groups())
+    assert done.returncode == 1
+    first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.stderr).groups())
     assert last - first >= 9 and last <= 30
-    assert f"Data.batch(o, {first - 1}, range(4), model), seed=3" in done.returncode
+    assert f"Data.batch(o, {first - 1}, model), seed=3" in done.stderr
     log = read_log(home / "wild")
     assert sum(record.get("skipped", 0) for record in log) >= 1
     if (home / "wild/ckpt.pt").is_file():
         assert all(tensor.isfinite().all() for tensor in checkpoint(home / "wild")["model"].values())
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(home):
-    """One rare character has an embedding whose norm overflows: it spoils the steps that see it, and no other."""
+@pytest.mark.parametrize("least, most", [(2, 4), (11, 20)], ids=["few", "many, but never ten in a row"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most):
+    """One character has an embedding whose norm overflows: it spoils the steps that see it, and no other."""
     meta = json.loads((home / "data/pydocs/meta.json").read_text())
     o = train.Options(**SIZES, data_dir=str(home / "data"))
     model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
     data = train.Data(o)
-    seen = [{*data.batch(o, step, range(4), model)[2].flatten().tolist()} for step in range(20, 40)]
-    count = lambda token: sum(token in tokens for tokens in seen)
-    token = next(t for t in range(meta["vocab_size"]) if 2 <= count(t) <= 4)
-    spoilt = [token in tokens for tokens in seen]
+    seen = [{*data.batch(o, step, model)[2].flatten().tolist()} for step in range(20, 50)]
+    spoilt = ([token in tokens for tokens in seen] for token in range(meta["vocab_size"]))
+    token, spoilt = next((token, steps) for token, steps in enumerate(spoilt)
+                         if least <= sum(steps) <= most and "1" * 10 not in "".join(str(int(step)) for step in steps))  # fmt: skip
 
     def spoil(saved):
-        saved["model"]["vocab_embed.weight"][token] = 3e38
+        saved["model"]["vocab_embed.embedding"][token] = 3e38
 
-    put_checkpoint(home, "spoilt", spoil)
-    args = ["--init_from=resume", "--out_dir=spoilt", "--max_steps=40", "--save_interval=10", "--log_interval=1"]
+    put_checkpoint(home, f"spoilt{least}", spoil)
+    args = ["--init_from=resume", f"--out_dir=spoilt{least}", "--max_steps=50", "--save_interval=10", "--log_interval=1"]
     works(call("train.py", *args, cwd=home))
-    assert checkpoint(home / "spoilt")["step"] == 40
-    assert ["skipped" in record for record in read_log(home / "spoilt")] == spoilt
+    assert checkpoint(home / f"spoilt{least}")["step"] == 50
+    assert ["skipped" in record for record in read_log(home / f"spoilt{least}")] == spoilt
 
 
-def test_numbers_that_are_not_finite_are_not_saved(home):
+def test_numbers_that_are_not_finite_are_not_saved(home, capfd):
     before, saved = (home / "out/ckpt.pt").read_bytes(), checkpoint(home / "out")
-    saved["ema"]["output_layer.linear.bias"][0] = math.nan
-    with pytest.raises(ValueError, match="not all finite"):
-        train.save_checkpoint(home / "out/ckpt.pt", saved)
+    o = train.Options(**saved["options"])
+    model = sedd.SEDD(sedd.SEDDConfig(**saved["config"]))
+    state = train.State(model, o)
+    state.load(saved)
+    state.average.output_layer.linear.bias.data[0] = math.nan
+    assert not state.save(home / "out/ckpt.pt", o, saved["meta"])
+    assert "step 20 was not saved (its numbers are not all finite)" in capfd.readouterr().err
     assert (home / "out/ckpt.pt").read_bytes() == before
 
 
@@ -464,7 +711,7 @@ def test_ten_in_a_row_stop_the_run(home):
 
     put_checkpoint(home, "still", spoil)
     done = call("train.py", "--init_from=resume", "--out_dir=still", "--max_steps=40", "--log_interval=10", cwd=home)
-    assert "not finite in steps 21 to 30" in done.returncode
+    assert done.returncode == 1 and "not finite in steps 21 to 30" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- pleasure
@@ -477,7 +724,7 @@ def test_each_evaluation_shows_a_text_and_disturbs_nothing(home):
     shown = [line for line in often.stdout.splitlines() if line[:1] in "'\""]
     assert len(shown) == 3 and all(len(eval(line)) == L for line in shown)
     assert len([line for line in never.stdout.splitlines() if line[:1] in "'\""]) == 1
-    assert re.search(r"about \d+ (s|min|h) to go", often.stdout)
+    assert re.search(r"/6 \[\d\d:\d\d<", often.stderr)  # the time that is still to go
     assert_same(checkpoint(home / "often")["model"], checkpoint(home / "never")["model"])
 
 
@@ -508,8 +755,8 @@ OTHERS = {
     "no average": lambda saved: saved.pop("ema"),
     "no step": lambda saved: saved.update(step=None),
     "another width": lambda saved: saved["config"].update(n_embd=64),
-    "half a weight": lambda saved: saved["ema"].update({"vocab_embed.weight": saved["ema"]["vocab_embed.weight"][::2]}),
-    "no optimiser": lambda saved: saved["optimizer"]["adamw"].pop("param_groups"),
+    "half a weight": lambda saved: saved["ema"].update({"vocab_embed.embedding": saved["ema"]["vocab_embed.embedding"][::2]}),
+    "no optimiser": lambda saved: saved["optimizer"].pop("adamw"),
     "no moments": lambda saved: saved["optimizer"]["adamw"]["state"].clear(),
     "other moments": lambda saved: saved["optimizer"]["adamw"]["state"][3].update(exp_avg=torch.zeros(5)),
     "a step before the first": lambda saved: saved.update(step=-5),
@@ -521,7 +768,7 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_checkpoints_of_another_version(home, change):
     put_checkpoint(home, "version", change)
-    done = call("train.py", "--init_from=resume", "--out_dir=version", "--eval_only", cwd=home)
+    done = call("train.py", "--init_from=resume", "--out_dir=version", "--max_steps=30", cwd=home)
     complains(done, "train.py", "version/ckpt.pt", "another version")
 
 
@@ -559,7 +806,10 @@ def test_meta_with_a_wrong_field(home, truth, field, value):
     done = call("train.py", "--init_from=resume", "--dataset=odd", "--eval_only", cwd=home)
     if one_line_or(done, 0):
         assert field in ("source", "bytes") or meta[field] == value
-        assert done.stdout == truth.replace("pydocs", "odd")
+        told = [done.stdout, truth.replace("pydocs", "odd")]
+        if field == "bytes":  # nothing contradicts another number of them
+            told = [text.split(", perplexity")[0] for text in told]
+        assert told[0] == told[1]
 
 
 @fuzz
