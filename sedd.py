@@ -50,8 +50,7 @@ from torch.utils.checkpoint import checkpoint
 class LogLinearNoise:
     """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
 
-    The chance that a token has been hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time, from 0 to 1 - eps: so
-    sigma stays finite at t = 1.
+    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time, and to no more than 1 - eps: sigma is finite.
     """
 
     def __init__(self, eps=1e-3):
@@ -79,8 +78,7 @@ class GeometricNoise:
 # 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
-# position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for p_t(x with x_i := y) / p_t(x),
-# which is 1 at y = x_i.
+# position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
 #
 # The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that it undoes,
 # times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
@@ -247,11 +245,11 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    The integral takes num_times times t = u^2, with u evenly spaced from one random shift per sequence: under
-    log-linear noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance.
-    (Under geometric noise it weighs log(sigma_max / sigma_min) = 12.2 at most.) Log-linear noise pays at t = 1: eps
-    log V nats per token under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one.
-    Geometric noise pays at t = 0, for one draw of x_t0 (infinitely much where the last step gives x0 no chance).
+    The integral takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear
+    noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance. (Under geometric
+    noise it weighs at most log(sigma_max / sigma_min) = 12.2.) Log-linear noise pays at t = 1: eps log V nats per token
+    under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one. Geometric noise pays at
+    t = 0, for one draw of x_t0 (infinitely much where the last step gives x0 no chance).
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -333,12 +331,13 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
         log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
         for part in rows.split(max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)):
             here, score = x[part], log_score(part)
-            score = (score.double() if dsigma > 9 else score).exp_()  # a step magnifies rounding by e^dsigma
-            probs = step_probs(graph, score, torch.full_like(score[:, 0], dsigma), here)
+            if dsigma > 9 and x.device.type != "mps":  # a step magnifies rounding by e^dsigma; MPS has no float64
+                score = score.double()
+            probs = step_probs(graph, score.exp_(), torch.full_like(score[:, 0], dsigma), here)
             # few tokens jump: draw first which do, and only for these, where to
             stay = probs.gather(-1, here[:, None])[:, 0]
             leave = probs.scatter_(-1, here[:, None], 0.0).sum(-1)
-            jump = (torch.rand_like(leave, dtype=torch.float64) * (leave + stay) < leave).nonzero()[:, 0]
+            jump = sample_categorical(torch.stack([stay, leave], -1)).nonzero()[:, 0]
             x = x.scatter(0, part[jump], sample_categorical(probs[jump]))
     if callback:
         callback(steps, x.view(shape))
