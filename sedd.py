@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 class LogLinearNoise:
     """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
 
-    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time, and to no more than 1 - eps: sigma is finite.
+    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time. As it ends below 1, sigma stays finite.
     """
 
     def __init__(self, eps=1e-3):
@@ -78,7 +78,7 @@ class GeometricNoise:
 # 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
-# position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
+# position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at y = x_i.
 #
 # The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that it undoes,
 # times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
@@ -151,7 +151,6 @@ class Graph:
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
         p_x = a * (x == x0) + hit * pi_x
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
-
         c = (hit / p_x)[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
@@ -303,10 +302,10 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
     noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).)
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give samples of
-    p(rest | kept): a kept token looks like one that noise has missed. (A network has seen few of those at t near 1.)
-    Under the uniform graph they take a kept token for one that may be noisy, and believe it too little.
-    callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
+    prompt (B, L) has tokens to keep, and -1 elsewhere. Exact scores of the absorbing graph then give p(rest | kept), for
+    a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Those of the
+    uniform graph take it for one that may be noisy, and believe it too little. callback(step, x), if given, sees
+    each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
     if steps < 1 or sampler not in ("tweedie", "euler"):
         raise ValueError(f"steps={steps}, sampler={sampler!r}: sampling takes at least 1 step, of tweedie or euler")
