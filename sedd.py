@@ -78,7 +78,7 @@ class GeometricNoise:
 # 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
-# position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at y = x_i.
+# position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
 #
 # The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that it undoes,
 # times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
@@ -302,8 +302,8 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
     noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).)
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Exact scores of the absorbing graph then give p(rest | kept), for
-    a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Those of the
+    prompt (B, L) has tokens to keep, and -1 elsewhere. Exact scores of the absorbing graph then give p(rest | kept),
+    for a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Those of the
     uniform graph take it for one that may be noisy, and believe it too little. callback(step, x), if given, sees
     each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
