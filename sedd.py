@@ -50,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 class LogLinearNoise:
     """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
 
-    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time. As it ends below 1, sigma stays finite.
+    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time. It ends at 1 - eps, so sigma stays finite.
     """
 
     def __init__(self, eps=1e-3):
@@ -99,7 +99,7 @@ class Graph:
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
-    says what `pi` is, y (...) -> pi_y (...). A graph of another kind overrides all that uses it.
+    defines `pi`, y (...) -> pi_y (...). A graph of another kind overrides all that uses it.
     """
 
     mask_id = None
@@ -128,8 +128,8 @@ class Graph:
     def prior_kl(self, sigma, x0):
         """KL(p(x_T | x0) || p_base) in nats per token, x0 (...) -> (...).
 
-        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each token. (Pure pi would not do:
-        x0 is still there with chance a, and under the absorbing graph pi gives it none.)
+        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each of the V tokens. (Under the
+        absorbing graph pi alone gives x0 no chance, though it is still there with chance a: an infinite KL.)
         """
 
         def cost(y, sigma, untouched):
@@ -144,8 +144,8 @@ class Graph:
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        The definition: pi_x, which is Q[x, y] at every y != x, times the sum over them of s - r log s + K(r), with
-        r = p(y | x0) / p(x | x0) = ([y = x0] a + (1 - a) pi_y) / p(x | x0). At y = x it is zero by itself: s = r = 1.
+        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there. r = p(y | x0) / p(x | x0), and
+        p(y | x0) = [y = x0] a + (1 - a) pi_y. At y = x nothing has to be left out: s = r = 1 gives zero.
         """
         y, a, hit = torch.arange(self.num_states, device=x.device), torch.exp(-sigma), -torch.expm1(-sigma)
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
@@ -172,8 +172,8 @@ class Graph:
     def tweedie_probs(self, score, dsigma, x):
         """p(y) ~ (exp(-dsigma Q) s)_y exp(dsigma Q)[x, y], (..., S): the Tweedie step, which undoes the noise dsigma.
 
-        With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x). A learned
-        score can leave less than nothing of an unlikely state; that is clamped at zero.
+        With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x). Learned
+        scores can make entries negative; these become zero.
         """
         x, undo, hit = x[..., None], torch.expm1(dsigma)[..., None], -torch.expm1(-dsigma)[..., None]
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
@@ -210,7 +210,7 @@ class Uniform(Graph):
 
 
 # ------------------------------------------------------------------------------------------------------
-# 3. Loss: what training minimises, and the bound on the likelihood that it is a draw of.
+# 3. Loss: what training minimises, and the likelihood bound that follows from it.
 
 
 def low_discrepancy_times(n, device=None):
@@ -223,8 +223,8 @@ def diffusion_loss(model, graph, noise, x0, t=None, x=None):
 
         E_{t, x_t} [ dsigma(t) sum over positions of the denoising score entropy at (x_t, sigma(t)) ]
 
-    is, for t uniform in [0, 1], the integral that bounds -log p(x0) (see nll_bound). Left out, the times
-    t (B,) are a low-discrepancy set, and x (B, L) is drawn from the forward process at these times.
+    is, for t uniform in [0, 1], the integral that bounds -log p(x0) (see nll_bound). By default the times t (B,) are a
+    low-discrepancy set, and x (B, L) is drawn from the forward process at these times.
     """
     if t is None:
         t = low_discrepancy_times(len(x0), x0.device)
@@ -244,11 +244,10 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    The integral takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear
-    noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance. (Under geometric
-    noise it weighs at most log(sigma_max / sigma_min) = 12.2.) Log-linear noise pays at t = 1: eps log V nats per token
-    under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one. Geometric noise pays at
-    t = 0, for one draw of x_t0 (infinitely much where the last step gives x0 no chance).
+    (`sample` takes steps, and starts from pi, which differs from p_base by e^-sigma(1).) The integral takes num_times
+    times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare hits near t = 0
+    weigh 1 / t, and even times would have an infinite variance. The KL is at most eps log V nats per token for
+    log-linear noise, 0.01 for GPT-2's vocabulary; geometric noise has the last term instead, from one draw of x.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -272,7 +271,7 @@ def euler_probs(graph, score, dsigma, x):
     """Tau-leaping, where dsigma is dt dsigma(t): delta(x, y) + dsigma Q[x, y] s_y, (..., S)."""
     probs = graph.reverse_rate(score, x) * dsigma[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
-    return probs.clamp_(min=0)  # a step too long for its rates would leave less than nothing for staying
+    return probs.clamp_(min=0)  # too long a step would make staying negative
 
 
 def denoise_probs(graph, score, sigma, x):
@@ -302,10 +301,10 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
     noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).)
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Exact scores of the absorbing graph then give p(rest | kept),
-    for a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Those of the
-    uniform graph take it for one that may be noisy, and believe it too little. callback(step, x), if given, sees
-    each state from the prior (step 0) to the last. ValueError at a wrong argument.
+    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
+    a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
+    graph they do not, however small the steps: a kept token is taken for one that may be noisy.
+    callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
     if steps < 1 or sampler not in ("tweedie", "euler"):
         raise ValueError(f"steps={steps}, sampler={sampler!r}: sampling takes at least 1 step, of tweedie or euler")
@@ -324,15 +323,19 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
             continue
         euler = sampler == "euler" and step < steps - 1
         dsigma = rates[step] / steps if euler else sigmas[step] - sigmas[step + 1]
-        step_probs = euler_probs if euler else denoise_probs if step == steps - 1 else type(graph).tweedie_probs
+        step_probs = graph.tweedie_probs
+        if euler or step == steps - 1:
+            step_probs = partial(euler_probs if euler else denoise_probs, graph)
         inputs = x.view(shape), torch.full(shape[:1], sigmas[step], device=x.device)
-        # our network has a way to skip the positions that do not count
-        log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
+        if hasattr(model, "scores_at"):  # our network computes scores just where they are asked for
+            log_score = model.scores_at(*inputs)
+        else:
+            log_score = model(*inputs).flatten(0, 1).__getitem__
         for part in rows.split(max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)):
             here, score = x[part], log_score(part)
             if dsigma > 9 and x.device.type != "mps":  # a step magnifies rounding by e^dsigma; MPS has no float64
                 score = score.double()
-            probs = step_probs(graph, score.exp_(), torch.full_like(score[:, 0], dsigma), here)
+            probs = step_probs(score.exp_(), torch.full_like(score[:, 0], dsigma), here)
             # few tokens jump: draw first which do, and only for these, where to
             stay = probs.gather(-1, here[:, None])[:, 0]
             leave = probs.scatter_(-1, here[:, None], 0.0).sum(-1)
@@ -350,6 +353,7 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
 NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # again(f, x): f(x), and once more backward
 SCORES_AT_A_TIME = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}  # rows x states, to bound the memory
 
 
@@ -377,17 +381,17 @@ class SEDDConfig:
         for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.parameterization == "causal" and self.graph != "absorb":
+            raise ValueError(f"graph={self.graph!r} has no MASK, with which parameterization='causal' begins a text")
 
 
 class Block(nn.Module):
     """x (B, L, n_embd), c (B, cond_dim) of sigma, cos and sin (L, D/2) for heads of width D -> (B, L, n_embd)."""
 
-    causal = False  # the GPT of section 6 sets it
-
-    def __init__(self, config):
+    def __init__(self, config, causal):
         super().__init__()
         d = config.n_embd
-        self.n_head = config.n_head
+        self.n_head, self.causal = config.n_head, causal
         self.norm1, self.norm2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
         self.attn_qkv, self.attn_out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
@@ -414,6 +418,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
 
+    causal = False
+
     def __init__(self, config):
         super().__init__()
         self.config, d = config, config.n_embd
@@ -421,7 +427,7 @@ class Transformer(nn.Module):
         S, c = self.graph.num_states, config.cond_dim
         self.vocab_embed = nn.ParameterDict({"embedding": nn.init.kaiming_uniform_(torch.empty(S, d), a=5**0.5)})
         self.sigma_map = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))})
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.blocks = nn.ModuleList([Block(config, self.causal) for _ in range(config.n_layer)])
         out = {"norm_final": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, S)}
         self.output_layer = nn.ModuleDict(out | {"adaLN_modulation": nn.Linear(c, 2 * d)})
         for layer in self.output_layer.linear, *(part.adaLN_modulation for part in (self.output_layer, *self.blocks)):
@@ -431,7 +437,7 @@ class Transformer(nn.Module):
         self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
 
     def trunk(self, x, sigma):
-        """x (B, L), sigma (B,) -> features (B, L, n_embd), which the head, output_layer.linear, has yet to meet."""
+        """x (B, L), sigma (B,) -> features (B, L, n_embd), before the vocabulary head output_layer.linear."""
         angles = sigma[:, None].float() * 10000.0 ** (-torch.arange(128, device=x.device) / 128)
         c = F.silu(self.sigma_map.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
         angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.inv_freq
@@ -446,9 +452,6 @@ class Transformer(nn.Module):
         """Compile in place, block by block: so one compilation serves them all, and DDP can overlap them."""
         for block in self.blocks:
             block.compile()
-
-
-again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # f(x), computed again for the backward pass
 
 
 class SEDD(Transformer):
@@ -468,17 +471,18 @@ class SEDD(Transformer):
         """
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
-        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # first: for their number a GPU has to catch up
+        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # here, for nonzero waits for the GPU
         h, head, S = self.trunk(x, sigma).flatten(0, 1), self.output_layer.linear, self.graph.num_states
         kind, entropy = x.device.type, []
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        # GPUs multiply faster where sizes are multiples of 8. And no block is empty: it would be compiled anew.
+        # GPUs multiply faster where sizes are multiples of 8. And an empty block would be compiled anew.
         W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
-        places = F.pad(rows, (0, 8 - len(rows) % 8))
-        for i, part in enumerate(places.split(max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8)):
+        places, size = F.pad(rows, (0, 8 - len(rows) % 8)), max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8
+        h = h.index_select(0, places).to(dtype)
+        inputs = h, sigma[places // x.shape[1]], x.flatten()[places], x0.flatten()[places]
+        for i, block in enumerate(zip(*(tensor.split(size) for tensor in inputs))):
             run = self.block_entropy if i < 2 else partial(again, self.block_entropy)
-            part_h = h.index_select(0, part).to(dtype)
-            entropy.append(run(W, b, part_h, sigma[part // x.shape[1]], x.flatten()[part], x0.flatten()[part]))
+            entropy.append(run(W, b, *block))
         entropy = torch.cat(entropy)[: len(rows)]
         return torch.zeros_like(x, dtype=entropy.dtype).flatten().scatter(0, rows, entropy).view(x.shape)
 
@@ -535,7 +539,7 @@ MODELS = {"score": SEDD}
 class D3PM(SEDD):
     """The mean parameterisation, D3PM in continuous time: the network predicts mu(y) = p(x0_i = y | x).
 
-    The score is the mean under mu of the known ratio p(y | x0) / p(x | x0), and loss, bound and samplers are SEDD's.
+    The score is the expectation under mu of the known ratio p(y | x0) / p(x | x0). All else is SEDD's.
     From MASK it is mu_y / (e^sigma - 1). In the absorbing graph's score entropy, with r = 1 / (e^sigma - 1) and scores
     that sum to r, this gives r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0, whose weight dsigma r is 1 / t under
     log-linear noise: the weighted cross-entropy known as MDLM.
@@ -550,8 +554,8 @@ class D3PM(SEDD):
         a, b = torch.exp(-sigma)[..., None], -torch.expm1(-sigma)[..., None]
         pi, pi_x = self.graph.pi(y, a.dtype), self.graph.pi(x, a.dtype)
         log_mu = logits.to(a.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
-        mu_x = torch.where(y == x, log_mu.exp(), 0.0).sum(-1, keepdim=True)
-        others = torch.log(b / a * pi) + torch.log1p(-mu_x * a / (a + b * pi_x))
+        rest = torch.where(y == x, 0.0, log_mu.exp()).sum(-1, keepdim=True).clamp(min=1e-30)  # 1 - mu_x, not rounded
+        others = torch.log(b / a * pi) + torch.log(rest + (1 - rest) * b * pi_x / (a + b * pi_x))
         log_score = torch.logaddexp(log_mu, others) - torch.log(torch.where(pi_x > 0, pi_x, 1.0) * b / a)
         return torch.where(y == x, 0.0, log_score)
 
@@ -559,17 +563,10 @@ class D3PM(SEDD):
 class GPT(Transformer):
     """The yardstick: the same blocks, causal, at sigma = 0 always; it predicts each token from those before it.
 
-    ValueError without the absorbing graph, whose MASK stands before the first token.
+    Before the first token stands MASK, and so the graph has to be the absorbing one.
     """
 
-    exact = True  # nll is no bound
-
-    def __init__(self, config):
-        super().__init__(config)
-        if self.graph.mask_id is None:
-            raise ValueError(f"graph={config.graph!r} has no MASK for parameterization={config.parameterization!r}")
-        for block in self.blocks:
-            block.causal = True
+    causal, exact = True, True  # its nll is no bound
 
     def logits(self, x):
         """x (B, L), its first token MASK -> logits of the next tokens (B, L, V)."""
@@ -579,19 +576,21 @@ class GPT(Transformer):
     def forward(self, x0):
         """x0 (B, L) -> -log p(x0_i | x0_1 ... x0_i-1), (B, L), in nats, exactly."""
         before = F.pad(x0[:, :-1], (1, 0), value=self.graph.mask_id)
-        return F.cross_entropy(self.logits(before).transpose(1, 2), x0, reduction="none")
+        return F.cross_entropy(self.logits(before).flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
 
     def loss(self, x0, t=None, x=None, network=None):
         """-log p(x0), x0 (B, L) -> (B,) in nats per sequence. There is no noise, and no use for t and x."""
         return (network or self)(x0).sum(-1)
 
-    nll = torch.no_grad()(loss)
+    @torch.no_grad()
+    def nll(self, x0, num_times=None):
+        return self.loss(x0)
 
     @torch.no_grad()
     def generate(self, prompt, steps=None, sampler=None, callback=None):
         """prompt (B, L), tokens and then -1 -> (B, L), one token at each call; what came before is computed again."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
-        for i in range(int((prompt >= 0).all(0).sum()), prompt.shape[1]):
+        for i in range(int((prompt >= 0).all(0).cumprod(0).sum()), prompt.shape[1]):
             drawn = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1))
             x[:, i + 1] = torch.where(prompt[:, i] < 0, drawn, prompt[:, i])
             if callback:
@@ -660,7 +659,7 @@ def from_pretrained(path_or_hub_id):
         return model
     except ImportError as error:
         raise ImportError(f"{name!r} needs more packages: pip install -e '.[hub]'") from error
-    except Exception as error:  # from the network to the tensors each layer has its own; none is lost
+    except Exception as error:  # every layer, from the hub to the tensors, raises its own kind; `from` keeps it
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{name!r} is no folder or hub repository with a SEDD model: {why}") from error
 
