@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -442,17 +443,51 @@ def test_a_restart_by_torchrun_goes_on_like_auto(home, monkeypatch):
     assert re.search(r"^again: bound ", done.stdout, re.MULTILINE)  # and not of the checkpoint in again_new
 
 
+WRAPPED = f"""
+import os, pathlib, runpy, sys
+import torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+%s
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+"""
+
+
+def test_a_crash_at_the_start_does_not_make_a_restart_adopt_an_older_run(home):
+    """Before the first start has moved it away, the checkpoint in the folder is of another run, if of equal options."""
+    args = [*TINY, "--max_steps=4", "--out_dir=adopted"]
+    works(call("train.py", *args, cwd=home))
+    (home / "crash.py").write_text(WRAPPED % "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+                                             "    dist.broadcast = lambda *args: os._exit(1)")  # fmt: skip
+    done = run(home / "crash.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2", "--max-restarts=2"])
+    assert "steps 0 to 4" in works(done).stdout
+    assert checkpoint(home / "adopted")["step"] == 4 and (home / "adopted/ckpt.old.pt").is_file()
+
+
+def test_two_nodes_go_on_together_after_the_loss_of_a_process(home):
+    """Each counts its restarts, and the store that they share remembers the dead."""
+    args = [*TINY, "--max_steps=100", "--save_interval=5", "--log_interval=1", "--eval_interval=9999", "--out_dir=nodes"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
+                "--local-addr=127.0.0.1", "--max-restarts=3"]  # fmt: skip
+    nodes = [launch(home, *args, launcher=launcher) for _ in range(2)]
+    log = home / "nodes/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 12, nodes[0])
+    os.kill(next(pid for pid in map(second_of, nodes) if pid), signal.SIGKILL)
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    starts = re.findall(r"steps (\d+) to 100", "".join(out for out, _ in outputs))
+    assert len(starts) == 2 and starts[0] == "0" and 10 <= int(starts[1]) < 100
+    assert [record["step"] for record in read_log(home / "nodes")] == [*range(1, 101)]
+
+
 def test_process_0_decides_for_all_whether_to_resume(home):
     """The others may see an older state of the folder: here the second process sees no checkpoint."""
     shutil.copytree(home / "out", home / "stale")
-    (home / "stale.py").write_text(
-        "import os, pathlib, runpy, sys\n"
-        "is_file = pathlib.Path.is_file\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    pathlib.Path.is_file = lambda path: path.name != 'ckpt.pt' and is_file(path)\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-    )
+    (home / "stale.py").write_text(WRAPPED % "if os.environ['RANK'] == '1':\n"
+                                             "    see = pathlib.Path.is_file\n"
+                                             "    pathlib.Path.is_file = lambda p: p.name != 'ckpt.pt' and see(p)")  # fmt: skip
     args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
     done = works(run(home / "stale.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
     assert "steps 20 to 22" in done.stdout and checkpoint(home / "stale")["step"] == 22
