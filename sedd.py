@@ -3,14 +3,13 @@
 Lou, Meng and Ermon, "Discrete Diffusion Modeling by Estimating the Ratios of the Data Distribution",
 ICML 2024, arXiv 2310.16834.
 
-The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chain that runs for a time t
-in [0, 1]; a token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph).
-To run the chain backwards one has to know the ratios p_t(y) / p_t(x) for all sequences y that differ from x
-in one position: together they are called the concrete score. A transformer learns them by minimising the
-score entropy, which is smallest exactly at the true ratios. Its denoising form asks only for the ratios
-p(y | x0) / p(x | x0), which are known; weighted by the rate of the noise and integrated over time, it bounds
--log p(x0) from above, up to a term for each end. To sample, start from pure noise and run the chain
-backwards with the learned score.
+The idea: a sequence of tokens x0 is destroyed, token by token, by a Markov chain that runs for a time t in [0, 1]; a
+token that is hit turns into MASK (absorbing graph) or into a random token (uniform graph). To run the chain backwards
+one has to know the ratios p_t(y) / p_t(x) for all sequences y that differ from x in one position: together they are
+called the concrete score. A transformer learns them by minimising the score entropy, which is smallest exactly at the
+true ratios. Its denoising form asks only for the ratios p(y | x0) / p(x | x0), which are known; weighted by the rate of
+the noise and integrated over time, it bounds -log p(x0) from above, up to a term for each end. To sample, start from
+pure noise and run the chain backwards with the learned score.
 
     1. Noise         how much noise there is at time t
     2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
@@ -20,13 +19,13 @@ backwards with the learned score.
     6. Baselines     means instead of scores (D3PM), and GPT, on the same transformer
     7. Published weights
 
-Sections 1 to 4 are the mathematics. There the network is a black box, called in two ways: model(x, sigma) is
-its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) the score entropy (B, L) of that log score.
+Sections 1 to 4 are the mathematics. There the network is a black box, called in two ways: model(x, sigma) is its log
+score (B, L, S), 0 at y = x, and model(x, sigma, x0) the score entropy (B, L) of that log score.
 
-Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L)
-the noised x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the
-paper's sigma-bar and sigma. x_T is x at t = 1, and p_base the distribution from which the chain is run
-backwards. s is a score and r the ratio that it should be. Losses and bounds are in nats.
+Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
+x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
+and sigma. x_T is x at t = 1, and p_base the distribution from which the chain is run backwards. s is a score and r the
+ratio that it should be. Losses and bounds are in nats.
 """
 
 import json
@@ -35,6 +34,7 @@ import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +45,6 @@ from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------
 # 1. Noise: the clock of the chain. For t (...) in [0, 1], noise(t) is the total noise sigma (...) and dsigma (...).
-# ------------------------------------------------------------------------------------------------------
 
 
 class LogLinearNoise:
@@ -79,27 +78,26 @@ class GeometricNoise:
 # ------------------------------------------------------------------------------------------------------
 # 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
 #
-# All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ
-# from it in one position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for
-# p_t(x with x_i := y) / p_t(x), which is 1 at y = x_i.
+# All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
+# position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for p_t(x with x_i := y) / p_t(x),
+# which is 1 at y = x_i.
 #
-# The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that
-# it undoes, times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
+# The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that it undoes,
+# times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
 #
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
-# convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x)
-# is unknown. But put r = p(y | x0) / p(x | x0) in its place: its mean over the x0 that x may have come from is
-# just the true ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the
-# denoising score entropy. The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
-# ------------------------------------------------------------------------------------------------------
+# convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is not
+# known. But put r = p(y | x0) / p(x | x0) in its place: its mean over the x0 that x may have come from is just the true
+# ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score entropy.
+# The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
 
 
 class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
-    So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a token
-    is as it was with chance a, and otherwise distributed as pi. Everything below follows from this.
+    So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a
+    token is as it was with chance a, and otherwise distributed as pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
@@ -132,8 +130,8 @@ class Graph:
     def prior_kl(self, sigma, x0):
         """KL(p(x_T | x0) || p_base) in nats per token, x0 (...) -> (...).
 
-        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each token. (Pure pi would not do: x0 is
-        still there with chance a, and under the absorbing graph pi gives it none.)
+        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each token. (Pure pi would not do:
+        x0 is still there with chance a, and under the absorbing graph pi gives it none.)
         """
 
         def cost(y, sigma, untouched):
@@ -142,7 +140,7 @@ class Graph:
             base = hit + torch.exp(-sigma) * (y < self.vocab_size) / self.vocab_size
             return torch.xlogy(untouched + hit, (untouched + hit) / base)
 
-        everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)  # as it would be if x0 were nowhere
+        everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def score_entropy(self, log_score, sigma, x, x0):
@@ -159,7 +157,8 @@ class Graph:
         c = (hit / p_x)[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
-        entropy = torch.where(y == x0[..., None], 0.0, log_score.exp() - r * log_score + K).sum(-1)
+        log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
+        entropy = torch.where(y == x0[..., None], 0.0, log_score.exp() - r * log_s + K).sum(-1)
 
         # At x0 r can be so large that the three terms cancel all their digits. With d = log s - log r they are
         # r (e^d - 1 - d): never negative, and zero at s = r. (To gather log s would split the compiled kernel.)
@@ -215,7 +214,6 @@ class Uniform(Graph):
 
 # ------------------------------------------------------------------------------------------------------
 # 3. Loss: what training minimises, and the bound on the likelihood that it is a draw of.
-# ------------------------------------------------------------------------------------------------------
 
 
 def low_discrepancy_times(n, device=None):
@@ -251,9 +249,9 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
     The integral takes num_times times t = u^2, with u evenly spaced from one random shift per sequence: under
     log-linear noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance.
-    (Under geometric noise it weighs log(sigma_max / sigma_min) = 12.2 at most.) Log-linear noise pays at t = 1: eps log V
-    nats per token under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one. Geometric noise
-    pays at t = 0, from one draw of x_t0 (infinitely much where the last step gives a token of x0 no chance).
+    (Under geometric noise it weighs log(sigma_max / sigma_min) = 12.2 at most.) Log-linear noise pays at t = 1: eps
+    log V nats per token under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one.
+    Geometric noise pays at t = 0, for one draw of x_t0 (infinitely much where the last step gives x0 no chance).
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -271,7 +269,6 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 # ------------------------------------------------------------------------------------------------------
 # 4. Samplers: the reversed chain, cut into steps in which all positions jump independently.
-# ------------------------------------------------------------------------------------------------------
 
 
 def euler_probs(graph, score, dsigma, x):
@@ -349,14 +346,13 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
 
 # ------------------------------------------------------------------------------------------------------
-# 5. Transformer. Bidirectional, with rotary positions, and told about sigma by adaptive layer norm: an MLP
-# of sigma gives each block the shifts, scales and gates of its two branches (adaLN-zero, of DiT). The gates
-# start at zero, so that every block starts as the identity. Modules bear the names of the published checkpoints.
-# ------------------------------------------------------------------------------------------------------
+# 5. Transformer. Bidirectional, with rotary positions, and told about sigma by adaptive layer norm: an MLP of sigma
+# gives each block the shifts, scales and gates of its two branches (adaLN-zero, of DiT). The gates start at zero, so
+# that every block starts as the identity. Modules bear their names in the published checkpoints.
 
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
 NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
-SCORES_AT_A_TIME = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}  # rows x states, to bound the memory
+SCORES_AT_A_TIME = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}  # rows x states, to bound the memory
 
 
 @dataclass
@@ -406,7 +402,7 @@ class Block(nn.Module):
 
         qkv = self.attn_qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1)).view(B, L, 3, self.n_head, -1)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # each part (B, n_head, L, D)
-        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)  # float32 tables would promote q and k: no flash kernel takes that
+        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)  # float32 would promote q and k, and no flash kernel takes that
         a, b = qk.chunk(2, -1)  # the pairs (j, j + D/2) are turned by their angle
         q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
         y = F.scaled_dot_product_attention(q, k, v[0], is_causal=self.causal)
@@ -418,7 +414,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """From tokens and noise to features: all but what is made of them. `graph` and `noise` are built from the config."""
+    """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
 
     def __init__(self, config):
         super().__init__()
@@ -428,19 +424,17 @@ class Transformer(nn.Module):
         self.vocab_embed = nn.ParameterDict({"embedding": nn.init.kaiming_uniform_(torch.empty(S, d), a=5**0.5)})
         self.sigma_map = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))})
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.output_layer = nn.ModuleDict({
-            "norm_final": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, S), "adaLN_modulation": nn.Linear(c, 2 * d),
-        })  # fmt: skip
+        out = {"norm_final": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, S)}
+        self.output_layer = nn.ModuleDict(out | {"adaLN_modulation": nn.Linear(c, 2 * d)})
         for layer in self.output_layer.linear, *(part.adaLN_modulation for part in (self.output_layer, *self.blocks)):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
-        self.register_buffer("sigma_freq", 10000.0 ** (-torch.arange(128) / 128), persistent=False)
         D = d // config.n_head
         self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
 
     def trunk(self, x, sigma):
         """x (B, L), sigma (B,) -> features (B, L, n_embd), which the head, output_layer.linear, has yet to meet."""
-        angles = sigma[:, None].float() * self.sigma_freq
+        angles = sigma[:, None].float() * 10000.0 ** (-torch.arange(128, device=x.device) / 128)
         c = F.silu(self.sigma_map.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
         angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
@@ -456,25 +450,52 @@ class Transformer(nn.Module):
             block.compile()
 
 
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # f(x), computed again for the backward pass
+
+
 class SEDD(Transformer):
     """The score network: model(x, sigma) is the log score, model(x, sigma, x0) its score entropy.
 
-    `loss`, `nll` and `generate` are sections 3 and 4 for this model; the scripts call these of any model.
+    `loss`, `nll` and `generate` are diffusion_loss, nll_bound and sample for this model. The scripts know no others.
     """
 
-    exact, compiled = False, False  # nll is a bound
+    exact = False  # nll is a bound
 
     def forward(self, x, sigma, x0=None):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
 
         With x0 (B, L): the denoising score entropy (B, L), equal to graph.score_entropy of the log score, but made
-        without a tensor (B, L, S): only the positions that have a loss meet the vocabulary, some at a time.
+        without a tensor (B, L, S). Only the rows, the places in x.flatten() that have a loss, meet the vocabulary, a
+        block of them at a time. Two blocks keep their logits for the backward pass, the others compute them again.
         """
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
         rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # first: for their number a GPU has to catch up
-        entropy = self.entropy(self.trunk(x, sigma), sigma, x, x0, rows)
+        h, head, S = self.trunk(x, sigma).flatten(0, 1), self.output_layer.linear, self.graph.num_states
+        kind, entropy = x.device.type, []
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        # GPUs multiply faster where sizes are multiples of 8. And no block is empty: it would be compiled anew.
+        W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
+        places = F.pad(rows, (0, 8 - len(rows) % 8))
+        for i, part in enumerate(places.split(max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8)):
+            run = self.block_entropy if i < 2 else partial(again, self.block_entropy)
+            part_h = h.index_select(0, part).to(dtype)
+            entropy.append(run(W, b, part_h, sigma[part // x.shape[1]], x.flatten()[part], x0.flatten()[part]))
+        entropy = torch.cat(entropy)[: len(rows)]
         return torch.zeros_like(x, dtype=entropy.dtype).flatten().scatter(0, rows, entropy).view(x.shape)
+
+    def block_entropy(self, W, b, h, sigma, x, x0):
+        """The head's W (P, d) and b (P,) with P >= S, h (R, d), the others (R,) -> score entropy (R,)."""
+
+        def entropy(logits, sigma, x, x0):
+            return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
+
+        logits = F.linear(h, W, b)[:, : self.graph.num_states]
+        if torch.compiler.is_compiling():
+            return entropy(logits, sigma, x, x0)  # one kernel: what is computed on the way needs no memory
+        few = max(1, SCORES_AT_A_TIME[x.device.type] // self.graph.num_states // 16)
+        parts = zip(*(tensor.split(few) for tensor in (logits, sigma, x, x0)))
+        return torch.cat([again(entropy, *part) for part in parts])
 
     def log_score(self, logits, sigma, x):
         """Logits (..., S), sigma and x (...) -> log score (..., S), float32, 0 at y = x.
@@ -492,50 +513,18 @@ class SEDD(Transformer):
         h, L = self.trunk(x, sigma).flatten(0, 1), x.shape[1]
         return lambda rows: self.log_score(self.output_layer.linear(h[rows]), sigma[rows // L], x.flatten()[rows])
 
-    def block_entropy(self, W, b, h, sigma, x, x0):
-        """The head's W (P, d) and b (P,) with P >= S, h (R, d), the others (R,) -> score entropy (R,)."""
-        logits = F.linear(h, W, b)[:, : self.graph.num_states]
-        return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
-
-    def entropy(self, h, sigma, x, x0, rows):
-        """Features h (B, L, d), the others as in `forward` -> score entropy at rows (R,), places in x.flatten(): (R,).
-
-        It is made in blocks of rows. The first ones keep their logits for the backward pass, the others compute them
-        again. All blocks of a step are of one size, never zero, which like the vocabulary is padded to a multiple of 8:
-        GPUs multiply these faster, and one compilation serves any number of rows.
-        """
-        device, S, head = x.device, self.graph.num_states, self.output_layer.linear
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else h.dtype
-        W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
-        at_a_time = SCORES_AT_A_TIME[device.type] // (1 if self.compiled else 4)  # else autograd keeps more than logits
-        num_blocks = max(1, math.ceil(len(rows) * S / at_a_time))
-        size = 8 * max(1, math.ceil(len(rows) / num_blocks / 8))
-        places = F.pad(rows, (0, num_blocks * size - len(rows)))  # with the first place, whose result is left out
-        inputs = [h.flatten(0, 1).index_select(0, places).to(dtype), sigma[places // x.shape[1]],
-                  x.flatten()[places], x0.flatten()[places]]  # fmt: skip
-        entropy = []
-        for i, block in enumerate(zip(*(tensor.split(size) for tensor in inputs))):
-            if i < 4:
-                entropy.append(self.block_entropy(W, b, *block))
-            else:
-                entropy.append(checkpoint(self.block_entropy, W, b, *block, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(entropy)[: len(rows)]
-
     def compile(self):
         """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
         super().compile()
-        self.block_entropy, self.compiled = torch.compile(self.block_entropy, dynamic=True), True
+        self.block_entropy = torch.compile(self.block_entropy, dynamic=True)
 
     def loss(self, x0, t=None, x=None, network=None):
-        """diffusion_loss, x0 (B, L) -> (B,). `network` is called in the model's place: DDP's wrapper around it."""
-        return diffusion_loss(network or self, self.graph, self.noise, x0, t, x)
+        return diffusion_loss(network or self, self.graph, self.noise, x0, t, x)  # network: DDP's wrapper around self
 
     def nll(self, x0, num_times=128):
-        """nll_bound, x0 (B, L) -> (B,), nats per sequence."""
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
     def generate(self, prompt, steps, sampler="tweedie", callback=None):
-        """sample, prompt (B, L), -1 where to generate -> (B, L)."""
         return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback)
 
 
@@ -543,19 +532,15 @@ MODELS = {"score": SEDD}
 
 # ------------------------------------------------------------------------------------------------------
 # 6. Baselines on the same transformer: means instead of scores, and GPT. Nothing above needs this section.
-# ------------------------------------------------------------------------------------------------------
 
 
 class D3PM(SEDD):
     """The mean parameterisation, D3PM in continuous time: the network predicts mu(y) = p(x0_i = y | x).
 
     The score is the mean under mu of the known ratio p(y | x0) / p(x | x0), and loss, bound and samplers are SEDD's.
-    From MASK it is mu_y / (e^sigma - 1). Put into the absorbing graph's score entropy, with r = 1 / (e^sigma - 1) and
-    scores that sum to r,
-
-        r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0,
-
-    whose weight dsigma r is 1 / t under log-linear noise: the weighted cross-entropy known as MDLM.
+    From MASK it is mu_y / (e^sigma - 1). In the absorbing graph's score entropy, with r = 1 / (e^sigma - 1) and scores
+    that sum to r, this gives r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0, whose weight dsigma r is 1 / t under
+    log-linear noise: the weighted cross-entropy known as MDLM.
     """
 
     def log_score(self, logits, sigma, x):
@@ -563,7 +548,8 @@ class D3PM(SEDD):
 
         With a = e^-sigma, b = 1 - a: s_y = mu_y a / (b pi_x) + (pi_y / pi_x) (1 - mu_x a / (a + b pi_x)), for y != x.
         """
-        y, x, a, b = torch.arange(logits.shape[-1], device=x.device), x[..., None], torch.exp(-sigma)[..., None], -torch.expm1(-sigma)[..., None]
+        y, x = torch.arange(self.graph.num_states, device=x.device), x[..., None]
+        a, b = torch.exp(-sigma)[..., None], -torch.expm1(-sigma)[..., None]
         pi, pi_x = self.graph.pi(y, a.dtype), self.graph.pi(x, a.dtype)
         log_mu = logits.to(a.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
         mu_x = torch.where(y == x, log_mu.exp(), 0.0).sum(-1, keepdim=True)
@@ -583,7 +569,7 @@ class GPT(Transformer):
     def __init__(self, config):
         super().__init__(config)
         if self.graph.mask_id is None:
-            raise ValueError(f"parameterization={config.parameterization!r} needs a MASK, which graph={config.graph!r} lacks")
+            raise ValueError(f"graph={config.graph!r} has no MASK for parameterization={config.parameterization!r}")
         for block in self.blocks:
             block.causal = True
 
@@ -620,7 +606,6 @@ MODELS |= {"mean": D3PM, "causal": GPT}
 # ------------------------------------------------------------------------------------------------------
 # 7. Published weights: a folder, or a repository of the Hugging Face hub, with the authors' config.json and
 # model.safetensors or pytorch_model.bin. The parameters above bear their names.
-# ------------------------------------------------------------------------------------------------------
 
 CONFIG, SAFE, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hidden_size": "n_embd",
@@ -628,10 +613,10 @@ SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hi
 
 
 def load_weights(path):
-    """What torch.save has written to `path`, numbers only; an error at damage, for torch.load looks at no checksum."""
+    """What torch.save wrote to `path`, plain data only; ValueError at damage, for torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
-            raise ValueError(f"{path} is damaged in its part {damaged}")
+            raise ValueError(f"{damaged} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -645,8 +630,6 @@ def from_pretrained(path_or_hub_id):
     try:
         folder = Path(name)
         if not folder.is_dir():
-            if name.count("/") != 1 or name[0] in "/.~":
-                raise ValueError("there is no such folder, and a hub id is written owner/name")
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG, SAFE, BIN]))
@@ -718,4 +701,4 @@ def save_pretrained(model, folder):
         os.replace(Path(scratch, CONFIG), folder / CONFIG)
 
 
-SEDD.from_pretrained, SEDD.save_pretrained = staticmethod(from_pretrained), save_pretrained
+SEDD.from_pretrained, Transformer.save_pretrained = staticmethod(from_pretrained), save_pretrained

@@ -189,7 +189,7 @@ def test_every_key_is_needed_and_of_its_type(path, tmp_path):
 
 
 @pytest.mark.parametrize("path, value, word", [
-    ("tokens", 12, "vocab_embed.weight"), ("tokens", 10**15, "vocab_embed.weight"), ("tokens", 11.0, "vocab_size"),
+    ("tokens", 12, "vocab_embed.embedding"), ("tokens", 10**15, "vocab_embed.embedding"), ("tokens", 11.0, "vocab_size"),
     ("tokens", True, "vocab_size"), ("model.n_blocks", 1, "blocks.1"), ("model.n_blocks", 3, "blocks.2"),
     ("model.n_blocks", 10**12, "n_blocks"), ("model.n_heads", 3, "n_head"), ("model.hidden_size", 64, "size mismatch"),
     ("model.hidden_size", 2**18, "size mismatch"), ("model.cond_dim", 8, "sigma_map"), ("model.dropout", 1.5, "dropout"),
