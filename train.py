@@ -506,7 +506,8 @@ def begin(explicit, store):
     o, kept, checkpoint = Options(**explicit), {}, None
     path, restarted = Path(o.out_dir) / "ckpt.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if store and RANK == 0 and store.add("starts", 1) > 1:
-        restarted = store.check(["begun"])  # knows better: each node counts for itself, and a start may have failed early
+        # it knows better: each node counts for itself, and a start may have failed before it moved anything
+        restarted = store.check(["begun"])
     look = o.init_from == "auto" or restarted and not o.eval_only
     found = torch.tensor(o.init_from == "resume" or look and path.is_file())
     if WORLD > 1:
