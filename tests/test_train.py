@@ -53,9 +53,9 @@ def home(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def launch(home, *args, launcher=(), **more):
+def launch(home, *args, launcher=(), script=ROOT / "train.py", **more):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-u", *launcher, str(ROOT / "train.py"), *args], cwd=home, env=env,
+    return subprocess.Popen([sys.executable, "-u", *launcher, str(script), *args], cwd=home, env=env,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             errors="replace", **more)  # fmt: skip
 
@@ -468,14 +468,20 @@ def test_a_crash_at_the_start_does_not_make_a_restart_adopt_an_older_run(home):
 
 
 def test_two_nodes_go_on_together_after_the_loss_of_a_process(home):
-    """Each counts its restarts, and the store that they share remembers the dead."""
+    """Each counts its restarts, and their store remembers the dead: process 1 must not take an old address of 0."""
+    (home / "slow.py").write_text(WRAPPED % "import time\n"
+                                            "join = dist.init_process_group\n"
+                                            "def late(*args, **kwargs):\n"
+                                            "    time.sleep(5 if os.environ['RANK'] == '0' else 0)\n"
+                                            "    join(*args, **kwargs)\n"
+                                            "dist.init_process_group = late")  # fmt: skip
     args = [*TINY, "--max_steps=100", "--save_interval=5", "--log_interval=1", "--eval_interval=999", "--out_dir=nodes"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
-                "--local-addr=127.0.0.1", "--max-restarts=3"]  # fmt: skip
-    nodes = [launch(home, *args, launcher=launcher) for _ in range(2)]
+                "--local-addr=127.0.0.1", "--max-restarts=1"]  # fmt: skip
+    nodes = [launch(home, *args, launcher=launcher, script=home / "slow.py") for _ in range(2)]
     log = home / "nodes/log.jsonl"
     wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 12, nodes[0])
     os.kill(next(pid for pid in map(second_of, nodes) if pid), signal.SIGKILL)
