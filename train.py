@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -142,15 +143,26 @@ def training_attention(device):
 
 
 def join_processes():
-    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA."""
+    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA. Returns their store.
+
+    The store can outlive a restart, and what the dead left in it must not be taken for news. So process 0 makes a name
+    for this start, and tells it to each process that has asked under a name of its own.
+    """
     if "MASTER_ADDR" not in os.environ:
         fail(f"WORLD_SIZE={WORLD}, but nothing tells where the others are: start them with torchrun")
-    store, rank, world = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one node the store can outlive a restart, and the keys of the two must not meet. Across nodes the counts
-        # may differ, but there torchrun (with --rdzv_backend=c10d) makes a new store each time.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(store=store, rank=rank, world_size=world)
+    store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
+    if RANK == 0:
+        while store.add(name, 0) < WORLD - 1:
+            for key in (f"name of {rank}" for rank in range(1, WORLD)):
+                if store.check([key]):
+                    store.set(store.get(key).decode(), name)
+            time.sleep(0.05)
+    else:
+        store.set(f"name of {RANK}", name)
+        name = store.get(name).decode()  # waits
+        store.add(name, 1)
+    dist.init_process_group(store=dist.PrefixStore(name, store), rank=RANK, world_size=WORLD)
+    return store
 
 
 def mixed_seed(*numbers):
@@ -485,16 +497,19 @@ class Log:
             self.pending = self.pending[self.file.write(self.pending) :]
 
 
-def begin(explicit):
+def begin(explicit, store):
     """What init_from means: options, completed by it, averaged model (None: fresh), meta, checkpoint to resume or None.
 
     Process 0 decides whether one is resumed: the others may see an older state of a shared disk. A restart by torchrun
     is like `auto`: the first start has moved the checkpoints of earlier runs away.
     """
     o, kept, checkpoint = Options(**explicit), {}, None
-    path, restarts = Path(o.out_dir) / "ckpt.pt", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    look = o.init_from == "auto" or restarts and not o.eval_only
-    found = torch.tensor(o.init_from == "resume" or bool(look and path.is_file()))
+    path, restarted = Path(o.out_dir) / "ckpt.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if store and RANK == 0 and store.add("starts", 1) > 1:
+        # it knows better: each node counts for itself, and a start may have failed before it moved anything
+        restarted = store.check(["begun"])
+    look = o.init_from == "auto" or restarted and not o.eval_only
+    found = torch.tensor(o.init_from == "resume" or look and path.is_file())
     if WORLD > 1:
         dist.broadcast(found, 0)
     if found:
@@ -533,9 +548,8 @@ def count_micro_batches(o):
 
 def main():
     explicit = parse(Options)
-    if WORLD > 1:
-        join_processes()
-    o, trained, meta, checkpoint = begin(explicit)
+    store = join_processes() if WORLD > 1 else None
+    o, trained, meta, checkpoint = begin(explicit, store)
     count, device = count_micro_batches(o), find_device(o.device)
     dtype, data, path = find_dtype(o.dtype, device), Data(o), Path(o.out_dir) / "ckpt.pt"
     if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
@@ -561,6 +575,8 @@ def main():
             with reading(path):
                 state.load(checkpoint)
         log = Log(o, state.step) if RANK == 0 else None
+        if log and store:
+            store.set("begun", "")
         compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
         if compiled:
             model.compile()

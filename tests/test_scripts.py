@@ -123,10 +123,10 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def beginning(tmp_path_factory):
-    """A folder where a user has prepared the default data set and trained on it, and what the scripts said."""
+    """A folder where a user has prepared a data set, by characters, and trained on it, and what the scripts said."""
     home = tmp_path_factory.mktemp("home")
     (home / "tiny.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SIZES.items()) + "max_steps = 3\n")
-    prepared = works(run("prepare.py", cwd=home))
+    prepared = works(run("prepare.py", "--tokenizer=char", cwd=home))
     trained = works(run("train.py", "tiny.py", "--max_steps=20", "--log_interval", "5", "--eval_interval=10", cwd=home))
     return home, prepared, trained
 
@@ -153,7 +153,7 @@ def desk(home, tmp_path):
     (tmp_path / "short.txt").write_text("too short for a block " * 5)
     (tmp_path / "digits.txt").write_text("0123456789" * 100)
     for name in "short", "digits":
-        works(call("prepare.py", name, f"--input={name}.txt", cwd=tmp_path))
+        works(call("prepare.py", name, f"--input={name}.txt", "--tokenizer=char", cwd=tmp_path))
     for name, change in {"keyless": {"vocab_size": None}, "listed": None, "odd": {"dtype": "x9"}}.items():
         shutil.copytree(tmp_path / "data/pydocs", tmp_path / "data" / name)
         meta = json.loads((tmp_path / "data/pydocs/meta.json").read_text()) | (change or {})
