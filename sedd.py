@@ -144,8 +144,8 @@ class Graph:
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there. r = p(y | x0) / p(x | x0), and
-        p(y | x0) = [y = x0] a + (1 - a) pi_y. At y = x nothing has to be left out: s = r = 1 gives zero.
+        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there. The ratio r is
+        p(y | x0) / p(x | x0) with p(y | x0) = [y = x0] a + (1 - a) pi_y. At y = x it gives zero: s = r = 1.
         """
         y, a, hit = torch.arange(self.num_states, device=x.device), torch.exp(-sigma), -torch.expm1(-sigma)
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
