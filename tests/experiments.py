@@ -86,8 +86,10 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
     out = WEIGHTS / name_of(*run)
     if log_of(*run) and not (weights and unfinished(out, steps)):
         return
-    if data("test", dataset)[1]["tokenizer"] != "char":  # all bounds here are per character
-        sys.exit(f"experiments.py: data/{dataset} is not by characters: python prepare.py {dataset} --tokenizer=char")
+    meta = ROOT / "data" / dataset / "meta.json"
+    if not meta.is_file() or json.loads(meta.read_text(encoding="utf-8"))["tokenizer"] != "char":
+        sys.exit(f"experiments.py: data/{dataset} is not there by characters, as all bounds of these tables are: "
+                 f"python prepare.py {dataset} --tokenizer=char")  # fmt: skip
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
     began = time.perf_counter()
@@ -393,7 +395,7 @@ def tables(a):
         bounds = tests(best_times(name))
         rows.append([TITLES[name], f"{statistics.mean(bounds):.2f}" if bounds else "",
                      number(samples.get(name, {}), "perplexity", 1),
-                     *(number(found.get((name, place), {}), "match", 3) for place in ("middle", "scattered"))])  # fmt: skip
+                     *(number(found.get((name, p), {}), "match", 3) for p in ("middle", "scattered"))])  # fmt: skip
     table(["system", "nats per character", "perplexity of samples", "middle filled as it was", "scattered"], rows)
 
 

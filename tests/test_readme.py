@@ -93,6 +93,15 @@ def test_tables_are_those_of_the_logs(capsys):
         assert line in PAGES["README.md"], line
 
 
+def test_trainings_of_the_tables_are_by_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    for _ in range(2):  # there is no such data; it is in byte pairs
+        with pytest.raises(SystemExit, match="data/pydocs is not there by characters.*--tokenizer=char"):
+            experiments.run_training(experiments.SYSTEMS[0], 0.01, 1, 1000, "pydocs")
+        works(call("prepare.py", cwd=tmp_path))
+
+
 def test_the_example_learns_and_writes(monkeypatch, capsys):
     """As it stands, but for a sixth of its steps, which bring the bound from log 256 = 5.55 to below 4.5."""
     (code,) = re.findall(r"```python\n(import torch\nfrom sedd import .*?)```", PAGES["README.md"], re.DOTALL)
