@@ -329,7 +329,7 @@ def draw(a):
         torch.manual_seed(3)
         sedd.sample(model, model.graph, model.noise, (1, length), 8 * (rows - 1),
                     callback=lambda i, x: states.append(x[0]))  # fmt: skip
-        for row, x in enumerate(states[:: 8]):
+        for row, x in enumerate(states[::8]):
             for column, token in enumerate(x.tolist()):
                 if token == model.graph.mask_id:
                     axis.add_patch(plt.Rectangle((column - 0.5, row - 0.42), 1, 0.84, color="0.85", lw=0))

@@ -119,8 +119,8 @@ def test_the_example_learns_and_writes(monkeypatch, capsys):
 
 
 SAID = [
-    "The cat sat on the mat , and it did n't move .", "He said : `` No . '' Then he left for New York .", " = A Title = ",
-    "It cost $ 1 @,@ 000 in 1998 , or so .", "Who could it be ? nobody knew the <unk> N .",
+    "The cat sat on the mat , and it did n't move .", "He said : `` No . '' Then he left for New York .",
+    " = A Title = ", "It cost $ 1 @,@ 000 in 1998 , or so .", "Who could it be ? nobody knew the <unk> N .",
 ]  # fmt: skip
 LOCAL = {"lambada": {"test": 120}, "wikitext2": {"validation": 130, "test": 10}, "ptb": {"validation": 140, "test": 10},
          "wikitext103": {"validation": 150, "test": 10}, "lm1b": {"train": 10, "test": 160}}  # fmt: skip
