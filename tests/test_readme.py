@@ -30,7 +30,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command.replace("=N", "=8").replace("--graph=walk", ""))  # test_fork.py has that graph
+    words = shlex.split(command.replace("=N", "=8").replace("--graph=frequency", ""))  # test_fork.py has that graph
     scripts = [i for i, word in enumerate(words) if word.endswith(".py") and not word.startswith("config/")]
     if scripts:
         assert (ROOT / words[scripts[0]]).is_file()
