@@ -2,15 +2,15 @@
 
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
 tokens, optimisers and parameters (of which a sixth gives GPT, without noise, constants only). Run
-`python prepare.py shakespeare_char` and `python prepare.py` first.
+`python prepare.py shakespeare_char` and `python prepare.py pydocs --tokenizer=char` first.
 
 train     every training: for each system the best of three learning rates, chosen by validation in runs of a fifth of
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 infill    hidden parts of held-out passages, written again.
-draw      the pictures of the README, in assets/.
-tables    the tables of the README.
+draw      the pictures, in assets/.
+tables    the tables of assets/experiments/README.md, and last the short one of README.md.
 
 Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
 in out/experiments/; those that quality, infill and draw need and do not find, they train first.
@@ -63,7 +63,8 @@ def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
 
 def read(path):
     """The lines of a file of results."""
-    return [json.loads(line) for line in (RESULTS / path).read_text().splitlines()] if (RESULTS / path).is_file() else []
+    lines = (RESULTS / path).read_text().splitlines() if (RESULTS / path).is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def put(path, text):
@@ -85,6 +86,10 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
     out = WEIGHTS / name_of(*run)
     if log_of(*run) and not (weights and unfinished(out, steps)):
         return
+    meta = ROOT / "data" / dataset / "meta.json"
+    if not meta.is_file() or json.loads(meta.read_text(encoding="utf-8"))["tokenizer"] != "char":
+        sys.exit(f"experiments.py: data/{dataset} is not there by characters, as all bounds of these tables are: "
+                 f"python prepare.py {dataset} --tokenizer=char")  # fmt: skip
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
                    max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
     began = time.perf_counter()
@@ -322,16 +327,19 @@ def draw(a):
     for name, axis in zip(("absorb", "uniform"), axes):
         states, model = [], load(name, SEEDS[0])
         torch.manual_seed(3)
-        sedd.sample(model, model.graph, model.noise, (1, length), 8 * (rows - 1), callback=lambda i, x: states.append(x[0]))
-        for row, x in enumerate(states[:: 8]):
+        sedd.sample(model, model.graph, model.noise, (1, length), 8 * (rows - 1),
+                    callback=lambda i, x: states.append(x[0]))  # fmt: skip
+        for row, x in enumerate(states[::8]):
             for column, token in enumerate(x.tolist()):
                 if token == model.graph.mask_id:
                     axis.add_patch(plt.Rectangle((column - 0.5, row - 0.42), 1, 0.84, color="0.85", lw=0))
                 else:
                     done = all(state[column] == token for state in states[8 * row :])
-                    axis.text(column, row, vocabulary[token].replace("\n", "¶").replace("$", r"\$"), ha="center", va="center",
-                              family="monospace", fontsize=8, color="black" if done else "C1")  # fmt: skip
-        axis.set(xlim=(-1, length), ylim=(rows - 0.4, -0.6), title=TITLES[name], xlabel="position", xticks=[], yticks=[])
+                    text = vocabulary[token].replace("\n", "¶").replace("$", r"\$")
+                    axis.text(column, row, text, ha="center", va="center", family="monospace", fontsize=8,
+                              color="black" if done else "C1")  # fmt: skip
+        axis.set(xlim=(-1, length), ylim=(rows - 0.4, -0.6), title=TITLES[name], xlabel="position",
+                 xticks=[], yticks=[])  # fmt: skip
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("time, from noise (above) to text (below)")
     save(figure, "writing.png")
@@ -364,7 +372,8 @@ def tables(a):
                      *(f"**{bound:.3f}**" if bound == min(searched) else f"{bound:.3f}" for bound in searched),
                      f"{statistics.mean(found):.3f}{spread}" if found else "", len(found),
                      pydocs])  # fmt: skip
-    table(["system", "times", *(f"rate {rate:g}" for rate in RATES), f"test, {STEPS} steps", "seeds", "test, pydocs"], rows)
+    rates = [f"rate {rate:g}" for rate in RATES]
+    table(["system", "times", *rates, f"test, {STEPS} steps", "seeds", "test, pydocs"], rows)
 
     found = {(r["system"], r.get("sampler"), r.get("steps")): r for r in measurements("quality.jsonl")}
     ends = {title: found.get((name, None, None), {}) for title, name in (("GPT", "gpt"), ("held-out text", "corpus"))}
@@ -375,9 +384,19 @@ def tables(a):
 
     found = {(r["system"], r.get("where")): r for r in measurements("infill.jsonl")}
     for name, digits in ("perplexity", 2), ("match", 3):
-        rows = [[TITLES[system], *(number(found.get((system, place), {}), name, digits) for place in PLACES)] for system in TITLES]
+        rows = [[title, *(number(found.get((system, place), {}), name, digits) for place in PLACES)]
+                for system, title in TITLES.items()]  # fmt: skip
         table([name, *PLACES], rows)
     print(f"\nheld-out text: {number(found.get(('corpus', None), {}), 'perplexity', 2)}")
+
+    samples = [r for r in measurements("quality.jsonl") if r.get("steps") in (None, 64) and r.get("sampler") != "euler"]
+    samples, rows = {r["system"]: r for r in samples}, []
+    for name in TITLES:
+        bounds = tests(best_times(name))
+        rows.append([TITLES[name], f"{statistics.mean(bounds):.2f}" if bounds else "",
+                     number(samples.get(name, {}), "perplexity", 1),
+                     *(number(found.get((name, p), {}), "match", 3) for p in ("middle", "scattered"))])  # fmt: skip
+    table(["system", "nats per character", "perplexity of samples", "middle filled as it was", "scattered"], rows)
 
 
 def main():

@@ -1,4 +1,7 @@
-"""The README's new graph, put into a copy of the repository as the README says: it passes the tests, trains and writes."""
+"""Two new graphs, put into a copy of the repository as the README says: they pass the tests, train and write.
+
+The README's own is of the kind that sedd.py has, and names its pi; walk.py is of another kind.
+"""
 
 import re
 import shutil
@@ -9,23 +12,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {"Frequency": ROOT / "README.md", "Walk": ROOT / "tests" / "walk.py"}
 
 
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory):
-    fork = tmp_path_factory.mktemp("fork")
+@pytest.fixture(scope="module", params=SOURCES)
+def fork(request, tmp_path_factory):
+    """The copy, and the name of its new graph."""
+    fork, name = tmp_path_factory.mktemp("fork"), request.param
     for folder in "config", "tests":
         shutil.copytree(ROOT / folder, fork / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for script in "sedd.py", "train.py", "sample.py", "prepare.py", "pyproject.toml":
         shutil.copy(ROOT / script, fork)
 
-    (walk,) = re.findall(r"```python\n(class Walk:.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    edit(fork / "sedd.py", 'GRAPHS = {"absorb": Absorbing,', f'{walk}\n\nGRAPHS = {{"walk": Walk, "absorb": Absorbing,')
+    text = SOURCES[name].read_text(encoding="utf-8")
+    (graph,) = re.findall(rf"^(class {name}\(Graph\):.*?)(?:```|\Z)", text, re.DOTALL | re.MULTILINE)
+    edit(fork / "sedd.py", 'GRAPHS = {"absorb": Absorbing,', f'{graph}\n\nGRAPHS = {{"{name.lower()}": {name}, "absorb": Absorbing,')
     for file in "test_sedd.py", "test_theory.py":
-        edit(fork / "tests" / file, "GRAPHS = [", "GRAPHS = [Walk(V), ")
+        edit(fork / "tests" / file, "GRAPHS = [", f"GRAPHS = [{name}(V), ")
         edit(fork / "tests" / file, "    SEDD, Absorbing," if "theory" in file else "import SEDD, Absorbing,",
-             "    SEDD, Walk, Absorbing," if "theory" in file else "import SEDD, Walk, Absorbing,")  # fmt: skip
-    return fork
+             f"    SEDD, {name}, Absorbing," if "theory" in file else f"import SEDD, {name}, Absorbing,")  # fmt: skip
+    return fork, name
 
 
 def edit(path, old, new):
@@ -41,13 +47,21 @@ def run(fork, *args):
 
 
 def test_it_passes_the_tests_of_a_graph(fork):
-    quick = "Walk and not (euler or wrong_scores or reconstruction or geometric)"  # the others take long
+    fork, name = fork
+    quick = f"{name} and not (euler or wrong_scores or reconstruction or geometric)"  # the others take long
     out = run(fork, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sedd.py", "tests/test_theory.py", "-k", quick)
     assert int(re.search(r"(\d+) passed", out)[1]) >= 18
 
 
 def test_it_trains_and_writes(fork):
-    run(fork, "prepare.py")
+    fork, name = fork
+    run(fork, "prepare.py", "pydocs", "--tokenizer=char")
     shape = "--n_layer=1", "--n_head=2", "--n_embd=16", "--cond_dim=8", "--block_size=16", "--batch_size=4"
-    run(fork, "train.py", "--graph=walk", "--out_dir=out/walk", *shape, "--max_steps=3", "--eval_sequences=2", "--eval_times=2")
-    assert len(run(fork, "sample.py", "--out_dir=out/walk", "--steps=4")) == 16 + 1
+    run(fork, "train.py", f"--graph={name.lower()}", "--out_dir=out/new", *shape, "--max_steps=3", "--eval_sequences=2",
+        "--eval_times=2")  # fmt: skip
+    assert len(run(fork, "sample.py", "--out_dir=out/new", "--steps=4")) == 16 + 1
+
+
+def test_the_readmes_graph_is_short():
+    (graph,) = re.findall(r"```python\n(class Frequency.*?)```", SOURCES["Frequency"].read_text(encoding="utf-8"), re.DOTALL)
+    assert len(graph.splitlines()) <= 10
