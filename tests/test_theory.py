@@ -254,10 +254,10 @@ def test_bound_needs_its_prior_term(graph):
 
 @all_graphs
 def test_bound_pays_for_the_distance_of_p_T_from_p_base(graph):
-    """Noise that stops at e^-sigma = 0.8, and data that are not even. The bound is then off by that distance, as it should.
+    """Noise that stops at e^-sigma = 0.8, and data that are not even: the bound is off by just that distance.
 
-    The chain that starts from p_T would generate p0; started from p_base it costs E[log p_T(x_T) / p_base(x_T)] more, given
-    x0. Within 5 standard errors, false alarm 9 x 6e-7; the distance is many of them.
+    The chain that starts from p_T would generate p0. Started from p_base it costs E[log p_T(x_T) / p_base(x_T)] more,
+    given x0. Within 5 standard errors, false alarm 9 x 6e-7; the distance is many of them.
     """
     noise, oracle, x0 = LogLinearNoise(eps=0.8), Oracle(graph, PAIR), sequences(V, 2)
     bound, error = bound_of_each(oracle, graph, noise, 2, copies=1000)

@@ -7,7 +7,7 @@ from sedd import Graph
 
 class Walk(Graph):
     """A token steps to the next one of the vocabulary at rate 1 and to the one before at rate 1/2; first and last are
-    neighbours. As in Uniform, it also goes anywhere at rate 1: steps alone forget where they began only after thousands.
+    neighbours. As in Uniform, it also goes anywhere at rate 1: steps alone would take thousands to forget their start.
     """
 
     def __init__(self, vocab_size):
