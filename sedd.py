@@ -34,6 +34,7 @@ import os
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,8 +50,7 @@ from torch.utils.checkpoint import checkpoint
 class LogLinearNoise:
     """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
 
-    The chance that a token has been hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time, from 0 to 1 - eps: so
-    sigma stays finite at t = 1.
+    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time. As it ends below 1, sigma stays finite.
     """
 
     def __init__(self, eps=1e-3):
@@ -78,25 +78,24 @@ class GeometricNoise:
 # 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
-# position, and the concrete score is a tensor (B, L, S): its entry (b, i, y) stands for p_t(x with x_i := y) / p_t(x),
-# which is 1 at y = x_i.
+# position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
 #
 # The reversed chain jumps from x to y at the rate Q[x, y] p_t(y) / p_t(x): the rate of the forward jump that it undoes,
 # times the ratio. The score entropy of that jump, with learned score s and true ratio r, is
 #
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
-# convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is unknown.
-# But put r = p(y | x0) / p(x | x0) in its place: its mean over the x0 that x may have come from is just the true ratio,
-# so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score entropy. The loss
-# of a token is its sum over the jumps y != x, each weighted by Q[x, y].
+# convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is not
+# known. But put r = p(y | x0) / p(x | x0) in its place: its mean over the x0 that x may have come from is just the true
+# ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score entropy.
+# The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
 
 
 class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
-    So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a token
-    is as it was with chance a, and otherwise distributed as pi. Everything below follows from this.
+    So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a
+    token is as it was with chance a, and otherwise distributed as pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
@@ -129,8 +128,8 @@ class Graph:
     def prior_kl(self, sigma, x0):
         """KL(p(x_T | x0) || p_base) in nats per token, x0 (...) -> (...).
 
-        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each token. (Pure pi would not do: x0 is
-        still there with chance a, and under the absorbing graph pi gives it none.)
+        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each token. (Pure pi would not do:
+        x0 is still there with chance a, and under the absorbing graph pi gives it none.)
         """
 
         def cost(y, sigma, untouched):
@@ -139,8 +138,8 @@ class Graph:
             base = hit + torch.exp(-sigma) * (y < self.vocab_size) / self.vocab_size
             return torch.xlogy(untouched + hit, (untouched + hit) / base)
 
-        elsewhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1) - cost(x0, sigma, 0.0)
-        return elsewhere + cost(x0, sigma, torch.exp(-sigma))
+        everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)
+        return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
@@ -152,7 +151,6 @@ class Graph:
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
         p_x = a * (x == x0) + hit * pi_x
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
-
         c = (hit / p_x)[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
@@ -246,11 +244,11 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    The integral takes num_times times t = u^2, with u evenly spaced from one random shift per sequence: under
-    log-linear noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance.
-    (Under geometric noise it weighs log(sigma_max / sigma_min) = 12.2 at most.) Log-linear noise pays at t = 1: eps log V
-    nats per token under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one. Geometric noise
-    pays at t = 0, from one draw of x_t0 (infinitely much where the last step gives a token of x0 no chance).
+    The integral takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear
+    noise a token hit at time t is rare and weighs 1 / t, and even times would have no finite variance. (Under geometric
+    noise it weighs at most log(sigma_max / sigma_min) = 12.2.) Log-linear noise pays at t = 1: eps log V nats per token
+    under the absorbing graph, 0.01 for GPT-2's vocabulary, and less under the uniform one. Geometric noise pays at
+    t = 0, for one draw of x_t0 (infinitely much where the last step gives x0 no chance).
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -304,10 +302,10 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
     noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).)
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give samples of
-    p(rest | kept): a kept token looks like one that noise has missed. (A network has seen few of those at t near 1.)
-    Under the uniform graph they take a kept token for one that may be noisy, and believe it too little.
-    callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
+    prompt (B, L) has tokens to keep, and -1 elsewhere. Exact scores of the absorbing graph then give p(rest | kept),
+    for a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Those of the
+    uniform graph take it for one that may be noisy, and believe it too little. callback(step, x), if given, sees
+    each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
     if steps < 1 or sampler not in ("tweedie", "euler"):
         raise ValueError(f"steps={steps}, sampler={sampler!r}: sampling takes at least 1 step, of tweedie or euler")
@@ -332,12 +330,13 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
         log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
         for part in rows.split(max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)):
             here, score = x[part], log_score(part)
-            score = (score.double() if dsigma > 9 else score).exp_()  # a step magnifies rounding by e^dsigma
-            probs = step_probs(graph, score, torch.full_like(score[:, 0], dsigma), here)
+            if dsigma > 9 and x.device.type != "mps":  # a step magnifies rounding by e^dsigma; MPS has no float64
+                score = score.double()
+            probs = step_probs(graph, score.exp_(), torch.full_like(score[:, 0], dsigma), here)
             # few tokens jump: draw first which do, and only for these, where to
             stay = probs.gather(-1, here[:, None])[:, 0]
             leave = probs.scatter_(-1, here[:, None], 0.0).sum(-1)
-            jump = (torch.rand_like(leave, dtype=torch.float64) * (leave + stay) < leave).nonzero()[:, 0]
+            jump = sample_categorical(torch.stack([stay, leave], -1)).nonzero()[:, 0]
             x = x.scatter(0, part[jump], sample_categorical(probs[jump]))
     if callback:
         callback(steps, x.view(shape))
@@ -401,7 +400,7 @@ class Block(nn.Module):
 
         qkv = self.attn_qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1)).view(B, L, 3, self.n_head, -1)
         qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # each part (B, n_head, L, D)
-        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)  # float32 tables would promote q and k: no flash kernel takes that
+        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)  # float32 would promote q and k, and no flash kernel takes that
         a, b = qk.chunk(2, -1)  # the pairs (j, j + D/2) are turned by their angle
         q, k = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
         y = F.scaled_dot_product_attention(q, k, v[0], is_causal=self.causal)
@@ -413,7 +412,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """From tokens and noise to features: all but what is made of them. `graph` and `noise` are built from the config."""
+    """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
 
     def __init__(self, config):
         super().__init__()
@@ -423,9 +422,8 @@ class Transformer(nn.Module):
         self.vocab_embed = nn.ParameterDict({"embedding": nn.init.kaiming_uniform_(torch.empty(S, d), a=5**0.5)})
         self.sigma_map = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))})
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.output_layer = nn.ModuleDict({
-            "norm_final": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, S), "adaLN_modulation": nn.Linear(c, 2 * d),
-        })  # fmt: skip
+        out = {"norm_final": nn.LayerNorm(d, bias=False), "linear": nn.Linear(d, S)}
+        self.output_layer = nn.ModuleDict(out | {"adaLN_modulation": nn.Linear(c, 2 * d)})
         for layer in self.output_layer.linear, *(part.adaLN_modulation for part in (self.output_layer, *self.blocks)):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
@@ -450,6 +448,9 @@ class Transformer(nn.Module):
             block.compile()
 
 
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # f(x), computed again for the backward pass
+
+
 class SEDD(Transformer):
     """The score network: model(x, sigma) is the log score, model(x, sigma, x0) its score entropy.
 
@@ -463,42 +464,36 @@ class SEDD(Transformer):
 
         With x0 (B, L): the denoising score entropy (B, L), equal to graph.score_entropy of the log score, but made
         without a tensor (B, L, S). Only the rows, the places in x.flatten() that have a loss, meet the vocabulary, a
-        block at a time. The first blocks keep their logits for the backward pass, the others compute them again. All
-        blocks are of one size, never zero, and this and the vocabulary are padded to multiples of 8: GPUs multiply
-        those faster, and one compilation serves any number of rows.
+        block of them at a time. Two blocks keep their logits for the backward pass, the others compute them again.
         """
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
         rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # first: for their number a GPU has to catch up
-        h, kind, S, head = self.trunk(x, sigma), x.device.type, self.graph.num_states, self.output_layer.linear
+        h, head, S = self.trunk(x, sigma).flatten(0, 1), self.output_layer.linear, self.graph.num_states
+        kind, entropy = x.device.type, []
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        # GPUs multiply faster where sizes are multiples of 8. And no block is empty: it would be compiled anew.
         W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
-        num_blocks = max(1, math.ceil(len(rows) / max(8, SCORES_AT_A_TIME[kind] / S)))
-        size = 8 * max(1, math.ceil(len(rows) / num_blocks / 8))
-        places = F.pad(rows, (0, num_blocks * size - len(rows)))  # with the first place, whose result is left out
-        inputs = [h.flatten(0, 1).index_select(0, places).to(dtype), sigma[places // x.shape[1]],
-                  x.flatten()[places], x0.flatten()[places]]  # fmt: skip
-        entropy = []
-        for i, block in enumerate(zip(*(tensor.split(size) for tensor in inputs))):
-            if i < 2:
-                entropy.append(self.block_entropy(W, b, *block))
-            else:
-                entropy.append(checkpoint(self.block_entropy, W, b, *block, use_reentrant=False, preserve_rng_state=False))
+        places = F.pad(rows, (0, 8 - len(rows) % 8))
+        for i, part in enumerate(places.split(max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8)):
+            run = self.block_entropy if i < 2 else partial(again, self.block_entropy)
+            part_h = h.index_select(0, part).to(dtype)
+            entropy.append(run(W, b, part_h, sigma[part // x.shape[1]], x.flatten()[part], x0.flatten()[part]))
         entropy = torch.cat(entropy)[: len(rows)]
         return torch.zeros_like(x, dtype=entropy.dtype).flatten().scatter(0, rows, entropy).view(x.shape)
 
     def block_entropy(self, W, b, h, sigma, x, x0):
         """The head's W (P, d) and b (P,) with P >= S, h (R, d), the others (R,) -> score entropy (R,)."""
+
+        def entropy(logits, sigma, x, x0):
+            return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
+
         logits = F.linear(h, W, b)[:, : self.graph.num_states]
         if torch.compiler.is_compiling():
-            return self.entropy(logits, sigma, x, x0)  # one kernel, whose intermediate results never see the memory
+            return entropy(logits, sigma, x, x0)  # one kernel: what is computed on the way needs no memory
         few = max(1, SCORES_AT_A_TIME[x.device.type] // self.graph.num_states // 16)
         parts = zip(*(tensor.split(few) for tensor in (logits, sigma, x, x0)))
-        return torch.cat([checkpoint(self.entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-
-    def entropy(self, logits, sigma, x, x0):
-        """Logits (R, S), the others (R,) -> score entropy (R,)."""
-        return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
+        return torch.cat([again(entropy, *part) for part in parts])
 
     def log_score(self, logits, sigma, x):
         """Logits (..., S), sigma and x (...) -> log score (..., S), float32, 0 at y = x.
@@ -572,7 +567,7 @@ class GPT(Transformer):
     def __init__(self, config):
         super().__init__(config)
         if self.graph.mask_id is None:
-            raise ValueError(f"parameterization={config.parameterization!r} needs a MASK, which graph={config.graph!r} lacks")
+            raise ValueError(f"graph={config.graph!r} has no MASK for parameterization={config.parameterization!r}")
         for block in self.blocks:
             block.causal = True
 
@@ -616,7 +611,7 @@ SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hi
 
 
 def load_weights(path):
-    """What torch.save has written to `path`, plain data only; ValueError at damage, for torch.load looks at no checksum."""
+    """What torch.save wrote to `path`, plain data only; ValueError at damage, for torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is damaged")
