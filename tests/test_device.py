@@ -1,5 +1,7 @@
 """What costs a GPU its time, and can be seen without one: waiting for the host, and compiling again and again."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sedd
 import train
-from test_scripts import TINY, call, works
+from test_scripts import ROOT, TINY, call, works
 
 VOCAB, B, L = 63, 8, 32  # with MASK there are 64 states: a multiple of 8, as the numbers of rows are
 
@@ -190,3 +192,32 @@ def test_no_number_of_rows_compiles_anew(first, size, parallel, tmp_path, monkey
         if parallel:
             dist.destroy_process_group()
         torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------- gpu.py
+
+
+def gpu_py(*args):
+    command = [sys.executable, str(ROOT / "tests/gpu.py"), *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so():
+    done = gpu_py()
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "no GPU here" in done.stderr
+
+
+def test_what_a_cpu_can_do_of_the_first_ten_minutes():
+    """Not `recompilations`, which has a test of its own above."""
+    checks = ["loss", "attention", "profile", "mfu", "sampling", "together", "failing", "restart"]
+    done = gpu_py("--device=cpu", "--tiny", "--batch=2", "--only", *checks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows[1:]] == checks
+    found = {row[0].strip("| "): row[1] for row in rows}
+    assert found["attention"] == "math" and found["failing"].startswith("all ended after")
+    assert int(found["restart"].split()[-1]) >= 3
