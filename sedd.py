@@ -518,6 +518,8 @@ class SEDD(Transformer):
     def compile(self):
         """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
         super().compile()
+        # A first number of rows that is also some width is not to be taken for that width ever after.
+        torch.fx.experimental._config.use_duck_shape = False
         self.block_entropy = torch.compile(self.block_entropy, dynamic=True)
 
     def loss(self, x0, t=None, x=None, network=None):

@@ -76,8 +76,7 @@ class Bench:
         for p in model.parameters():  # gates and head are zero at first, and products with zero may be quicker
             torch.nn.init.normal_(p, std=0.02)
         if compile:
-            for block in model.blocks:
-                block.compile()
+            model.compile()
         self.parameters = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
@@ -87,11 +86,11 @@ class Bench:
         self.t = torch.full((self.batch,), 0.5, device=device) if self.batch == 1 \
             else low_discrepancy_times(self.batch, device)  # fmt: skip
         self.sigma, _ = model.noise(self.t)
-        self.x = model.graph.sample_transition(self.x0, self.sigma)
+        self.x = model.graph.sample_transition(self.x0, self.sigma[:, None])
 
     def plain(self, x, sigma, x0):
         """The loss by its definition: every logit of every position at once, for autograd to remember."""
-        return self.model.graph.score_entropy(self.model(x, sigma), sigma, x, x0)
+        return self.model.graph.score_entropy(self.model(x, sigma), sigma[:, None], x, x0)
 
     def trunk(self):
         with autocast(self.device, self.dtype), training_attention(self.device):
@@ -154,7 +153,8 @@ def medians(measures, reps, warm_up=2):
 
 def bench_training(a, device):
     print("\nTraining: forward, backward, clipping, AdamW and EMA. plain: the same with the loss by its definition.")
-    print("head: what head and loss add to the trunk's forward and backward, over what they add on the plain path.\n")
+    print("head: what head and loss add to the trunk's forward and backward, over what they add on the plain path.")
+    print("Not compiled, head and loss are slower: a few rows at a time, each of whose terms goes to memory and back.\n")
     print("| shape | graph | dtype | compiled | s / step | tokens / s | ceiling, GFLOP/s | utilisation | plain / this | "
           "head | peak MB, this | peak MB, plain |\n" + "|---" * 12 + "|")  # fmt: skip
     for shape in a.shapes:
@@ -216,7 +216,7 @@ def bench_graph_breaks(a, device):
         c = b.model.sigma_map(b.sigma)
         angles = torch.arange(b.config.block_size, device=device)[:, None] * b.model.inv_freq
         with autocast(device, b.dtype):
-            report = torch._dynamo.explain(b.model.blocks[0])(b.model.vocab_embed(b.x), c, angles.cos(), angles.sin())
+            report = torch._dynamo.explain(b.model.blocks[0])(torch.nn.functional.embedding(b.x, b.model.vocab_embed.embedding), c, angles.cos(), angles.sin())
         explained.append(report.graph_break_count)
     print(f"\nGraph breaks in a compiled block: absorb {explained[0]}, uniform {explained[1]}")
 

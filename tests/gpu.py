@@ -1,0 +1,331 @@
+"""The first ten minutes on a GPU: python tests/gpu.py [--help]. One table: what was found, and what each line should be.
+
+Each check stands by itself: what fails is told in its line, and the others go on. The processes, two or one for each
+GPU, are those that a user would start: torchrun, train.py, and data of random tokens in a scratch folder.
+With --device=cpu --tiny the script itself can be tried out; what only CUDA can tell is left out there.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import sedd  # noqa: E402
+import train  # noqa: E402
+
+TINY = dict(vocab_size=63, block_size=32, n_layer=2, n_head=2, n_embd=32, cond_dim=16)
+SMALL = dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, cond_dim=128)
+MORE = "--eval_interval=100000 --eval_sequences=2 --eval_times=1 --warmup_steps=1 --optimizer=adamw".split()
+
+
+class Bench:
+    """A model, random tokens, and one step of training as train.py takes it."""
+
+    def __init__(self, a, device, graph="absorb", compiled=True):
+        torch.manual_seed(0)
+        self.device, self.dtype = device, train.find_dtype("auto", device)
+        config = sedd.SEDDConfig(**(TINY if a.tiny else SMALL), dropout=0.0, graph=graph)
+        self.model = sedd.SEDD(config).to(device)
+        for p in self.model.parameters():  # where gates and head are zero, many a fault would not show
+            torch.nn.init.normal_(p, std=0.02)
+        if compiled:
+            self.model.compile()
+        self.options = train.Options(batch_size=a.batch, block_size=config.block_size, grad_clip=1.0, optimizer="adamw")
+        self.state = train.State(self.model, self.options, self.dtype)
+        self.x0 = torch.randint(config.vocab_size, (a.batch, config.block_size), device=device)
+
+    def loss(self, t=None):
+        with train.autocast(self.device, self.dtype), train.training_attention(self.device):
+            return self.model.loss(self.x0, t).mean() / self.options.block_size
+
+    def step(self):
+        loss, scaler = self.loss(), self.state.scaler
+        scaler.scale(loss).backward()
+        for optimizer in self.state.optimizers.values():
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.state.update(1e-4, 0.999)
+        self.model.zero_grad()
+        scaler.update()
+
+    def seconds(self, f, times):
+        """Of one call of f on average, after three to warm up."""
+        for i in range(times + 3):
+            if i == 3:
+                synchronize(self.device)
+                began = time.perf_counter()
+            f()
+        synchronize(self.device)
+        return (time.perf_counter() - began) / times
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ------------------------------------------------------------------------- the checks: each returns what it has found
+
+
+def loss(a, device):
+    """Loss and gradient, compiled, against score_entropy of all the scores at once, both graphs."""
+    told = []
+    for graph in "absorb", "uniform":
+        b = Bench(a, device, graph, compiled=a.compiled)
+        model, x0 = b.model, b.x0[:2]
+        sigma, _ = model.noise(torch.tensor([0.3, 0.8], device=device))
+        x = model.graph.sample_transition(x0, sigma[:, None])
+        results = []
+        for way in "rows", "plain":
+            with train.autocast(device, b.dtype), train.training_attention(device):
+                if way == "rows":
+                    entropy = model(x, sigma, x0).mean()
+                else:
+                    entropy = model.graph.score_entropy(model(x, sigma), sigma[:, None], x, x0).mean()
+            results.append([entropy.detach(), *torch.autograd.grad(entropy, model.parameters())])
+        value, gradient = (abs(results[0][0] / results[1][0] - 1).item(),
+                           max(((p - q).norm() / q.norm()).item() for p, q in zip(*results) if q.norm() > 0))  # fmt: skip
+        assert value < 1e-3 and gradient < 0.05, f"{graph}: loss off by {value:.1e}, a gradient by {gradient:.1e}"
+        told.append(f"{graph} {value:.0e}, {gradient:.0e}")
+    return "; ".join(told)
+
+
+def attention(a, device):
+    b = Bench(a, device, compiled=False)
+    return train.attention_kernel(b.model, device, b.dtype)
+
+
+def waits(a, device):
+    """Warnings by torch.cuda.set_sync_debug_mode: of a micro-batch and its update, and of a step of sampling."""
+    b = Bench(a, device, compiled=a.compiled)
+    counts = []
+    for act, times in (b.step, 1), (lambda: b.model.generate(torch.full_like(b.x0[:2], -1), 8), 8):
+        act()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                act()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(warning.message) for warning in caught) / times)
+    assert counts[0] <= 1 and counts[1] <= 3, f"{counts[0]:g} a micro-batch, {counts[1]:.1f} a step of sampling"
+    return f"{counts[0]:g} a micro-batch, {counts[1]:.1f} a step of sampling"
+
+
+def recompilations(a, device):
+    """Graphs that steps of different numbers of masked rows add after the first two, and graph breaks."""
+    if not a.compiled:
+        return "not compiled"
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    b = Bench(a, device)
+    for i, t in enumerate(torch.linspace(0.99, 0.01, 20).tolist()):
+        b.loss(torch.full((a.batch,), t, device=device)).backward()
+        if i == 1:
+            before = counters["stats"]["unique_graphs"]
+    more, breaks = counters["stats"]["unique_graphs"] - before, sum(counters["graph_break"].values())
+    assert more == breaks == 0, f"{more} compiled anew, {breaks} graph breaks"
+    return f"{before} graphs, {more} more, {breaks} breaks"
+
+
+def profile(a, device):
+    """Milliseconds of a step and of its trunk alone; the device's idle share, by the profiler's kernels."""
+    b = Bench(a, device, compiled=a.compiled)
+    sigma, _ = b.model.noise(torch.full((a.batch,), 0.5, device=device))
+
+    def trunk():
+        with train.autocast(device, b.dtype), train.training_attention(device):
+            b.model.trunk(b.x0, sigma).float().square().mean().backward()
+
+    times = 20 if device.type == "cuda" else 3
+    step, both, alone = (b.seconds(f, times) for f in (b.step, lambda: b.loss().backward(), trunk))
+    told = f"{1e3 * step:.1f} ms a step, of which head and loss {(both - alone) / step:.0%}"
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+            for _ in range(5):
+                b.step()
+            torch.cuda.synchronize()
+        busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 5e6
+        told += f", idle {max(0.0, 1 - busy / step):.0%}"
+    return told
+
+
+def mfu(a, device):
+    """Of 20 steps without the first three, by train.py's own reckoning."""
+    b = Bench(a, device, compiled=a.compiled)
+    told = train.speed(b.options, b.model, b.seconds(b.step, 20 if device.type == "cuda" else 3), device, b.dtype)
+    return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
+def sampling(a, device):
+    b = Bench(a, device, compiled=False)
+    b.model.eval()
+    steps, began = (4, 32)[device.type == "cuda"], time.perf_counter()
+    with train.autocast(device, b.dtype):
+        x = b.model.generate(torch.full((8, b.options.block_size), -1, device=device), steps)
+    low, high = x.min().item(), x.max().item()
+    assert 0 <= low and high < b.model.config.vocab_size, f"tokens from {low} to {high}"
+    return f"8 sequences, {1e3 * (time.perf_counter() - began) / steps:.1f} ms a step"
+
+
+# ------------------------------------------------------------------------------------- and those of several processes
+
+
+def torchrun(a, folder, device, out, steps, *args):
+    """train.py on as many processes as there are GPUs, 2 on the CPU, with data of random tokens."""
+    data, config = folder / "data/random", TINY if a.tiny else SMALL
+    data.mkdir(parents=True, exist_ok=True)
+    sizes = {"train": 10**6, "val": 10**4}
+    for split, n in sizes.items():
+        if not (data / f"{split}.bin").exists():
+            np.random.default_rng(n).integers(config["vocab_size"], size=n).astype("<u2").tofile(data / f"{split}.bin")
+    meta = {"tokenizer": "char", "vocab": [" "] * config["vocab_size"], "source": "dice", "dtype": "<u2", "sizes": sizes,
+            "vocab_size": config["vocab_size"]}  # fmt: skip
+    (data / "meta.json").write_text(json.dumps(meta))
+    world = torch.cuda.device_count() if device.type == "cuda" else 2
+    shape = [f"--{name}={value}" for name, value in config.items() if name != "vocab_size"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               f"--nproc-per-node={world}", *[arg for arg in args if arg.startswith("--max-restarts")],
+               str(ROOT / "train.py"), *shape, *MORE, f"--data_dir={folder}/data", "--dataset=random",
+               f"--batch_size={a.batch * world}", f"--out_dir={folder / out}", f"--max_steps={steps}", "--log_interval=1",
+               f"--compile={a.compiled}", f"--device={device.type}",
+               *[arg for arg in args if not arg.startswith("--max-restarts")]]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    with open(folder / f"{out}.txt", "a") as output:
+        return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                start_new_session=True)  # fmt: skip
+
+
+def log_of(folder, out):
+    """The records of log.jsonl so far, without the options and a line that is being written."""
+    path = folder / out / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [record for record in map(json.loads, lines) if "options" not in record]
+
+
+def wait_for(condition, process, folder, out, limit):
+    until = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, f"ended early: {(folder / f'{out}.txt').read_text()[-300:]!r}"
+        assert time.monotonic() < until, f"not within {limit} s"
+        time.sleep(0.1)
+
+
+def end(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's own session, and its processes
+    process.wait()
+
+
+def children(process):
+    """Ids of the processes that torchrun has started."""
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def together(a, device, folder):
+    """Steps of all processes: milliseconds, and gradients that all have."""
+    process = torchrun(a, folder, device, "together", 20)
+    try:
+        wait_for(lambda: process.poll() is not None or len(log_of(folder, "together")) >= 20, process, folder, "together", 200)
+        records = log_of(folder, "together")
+        assert all(np.isfinite([record["loss"], record["norm"]]).all() for record in records), records
+        milliseconds = sorted(record["ms"] for record in records[5:])
+        return f"median {milliseconds[len(milliseconds) // 2]} ms a step, slowest {milliseconds[-1]}, loss {records[-1]['loss']:.3f}"
+    finally:
+        end(process)
+
+
+def failing(a, device, folder):
+    """One process is killed: seconds until torchrun and all others have ended."""
+    process = torchrun(a, folder, device, "failing", 10**6)
+    try:
+        wait_for(lambda: len(log_of(folder, "failing")) >= 3, process, folder, "failing", 200)
+        os.kill(children(process)[-1], signal.SIGKILL)
+        began = time.monotonic()
+        status = process.wait(timeout=60)
+        seconds = time.monotonic() - began
+        assert status != 0 and seconds < 30, f"status {status} after {seconds:.0f} s"
+        return f"all ended after {seconds:.1f} s, status {status}"
+    finally:
+        end(process)
+
+
+def restart(a, device, folder):
+    """One process is killed, and torchrun starts all again: from which step it goes on."""
+    process = torchrun(a, folder, device, "restart", 10**6, "--max-restarts=1", "--save_interval=3")
+    checkpoint = folder / "restart/ckpt.pt"
+    try:
+        wait_for(checkpoint.exists, process, folder, "restart", 200)
+        before = children(process)
+        os.kill(before[-1], signal.SIGKILL)
+        wait_for(lambda: set(children(process)) - {*before}, process, folder, "restart", 60)
+        resumed = lambda: "steps 0 to" not in (folder / "restart.txt").read_text().split("parameters on")[-1]
+        wait_for(resumed, process, folder, "restart", 120)
+        step = (folder / "restart.txt").read_text().split(" steps ")[-1].split()[0]
+        wait_for(lambda: log_of(folder, "restart")[-1]["step"] > int(step), process, folder, "restart", 120)
+        return f"went on from step {step}"
+    finally:
+        end(process)
+
+
+CHECKS = {  # name: what the line should be
+    "loss": "compiled against plain: loss to 1e-3, gradients to 5e-2 (bfloat16)",
+    "attention": "flash (CPU: math)",
+    "waits": "at most 1 a micro-batch, 2 a step of sampling (and 8 once, here 1 a step)",
+    "recompilations": "2 graphs or 3, 0 more, 0 breaks",
+    "profile": "head and loss below a third, idle below 10%",
+    "mfu": "H100 and A100: 0.35 and more is good, 0.5 very good; eager 0.25",
+    "sampling": "every token one of the vocabulary",
+    "together": "slowest within a tenth of the median",
+    "failing": "all ended within 30 s, a status other than 0",
+    "restart": "went on from step 3 or later",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, not compiled, to try the script out")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a process holds")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=[*CHECKS])
+    a = parser.parse_args()
+    if a.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("gpu.py: there is no GPU here, so nothing was run (--device=cpu --tiny tries out what a CPU can)")
+    device = train.find_device(a.device)
+    a.compiled = not a.tiny and train.can_compile(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}, {device} ({card}), "
+          f"{max(1, torch.cuda.device_count())} of them, {str(train.find_dtype('auto', device)).removeprefix('torch.')}\n")  # fmt: skip
+    print("| check | found | should be | seconds |\n" + "|---" * 4 + "|")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in a.only:
+            began, several = time.monotonic(), name in ("together", "failing", "restart")
+            if name == "waits" and device.type != "cuda":
+                continue
+            try:
+                found = globals()[name](a, device, *([Path(folder)] if several else []))
+            except Exception as error:  # one fault is not to hide the others
+                failed += 1
+                found = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(f"| {name} | {found} | {CHECKS[name]} | {time.monotonic() - began:.0f} |", flush=True)
+    sys.exit(int(failed > 0))
+
+
+if __name__ == "__main__":
+    main()
