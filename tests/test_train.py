@@ -588,6 +588,34 @@ def test_the_processes_share_the_noise_evenly(home, monkeypatch):
     assert (masked.max(0).values <= 1.1 * masked.mean(0)).all()
 
 
+def test_four_live_processes_share_the_noise_evenly(home):
+    """The same, counted by 4 processes that torchrun starts, each of its own share, and put together by gloo."""
+    (home / "count.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+import sedd, train
+train.join_processes()
+o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20)
+data = train.Data(o)
+model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
+masked = torch.zeros(4, 20)
+for step in range(20):
+    parts = train.micro_batches(data, o, step, model, torch.device("cpu"), 2)
+    masked[train.RANK, step] = sum((x == model.graph.mask_id).sum() for _, _, x in parts)
+dist.all_reduce(masked)
+if train.RANK == 0:
+    backend = dist.group.WORLD._get_backend(torch.device("cpu")).name()
+    print(dist.get_world_size(), backend, (masked.max(0).values / masked.mean(0)).max().item())
+""")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node=4", "count.py"]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    world, backend, busiest = done.stdout.split()
+    assert (world, backend) == ("4", "gloo") and 1 <= float(busiest) <= 1.1
+
+
 def test_weights_of_one_two_and_four_processes_agree(home):
     args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
             "--optimizer=adamw"]  # Muon counts in bfloat16 and makes much of a rounding  # fmt: skip
