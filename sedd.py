@@ -327,20 +327,25 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
         if euler or step == steps - 1:
             step_probs = partial(euler_probs if euler else denoise_probs, graph)
         inputs = x.view(shape), torch.full(shape[:1], sigmas[step], device=x.device)
-        if hasattr(model, "scores_at"):  # our network computes scores just where they are asked for
-            log_score = model.scores_at(*inputs)
-        else:
-            log_score = model(*inputs).flatten(0, 1).__getitem__
-        for part in rows.split(max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)):
+        # our network computes scores just where they are asked for
+        log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
+
+        def jumps(part):
+            """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
             here, score = x[part], log_score(part)
             if dsigma > 9 and x.device.type != "mps":  # a step magnifies rounding by e^dsigma; MPS has no float64
                 score = score.double()
             probs = step_probs(score.exp_(), torch.full_like(score[:, 0], dsigma), here)
-            # few tokens jump: draw first which do, and only for these, where to
-            stay = probs.gather(-1, here[:, None])[:, 0]
-            leave = probs.scatter_(-1, here[:, None], 0.0).sum(-1)
-            jump = sample_categorical(torch.stack([stay, leave], -1)).nonzero()[:, 0]
-            x = x.scatter(0, part[jump], sample_categorical(probs[jump]))
+            return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
+
+        # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
+        size, weights = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states), []
+        for part in rows.split(size):
+            stay, probs = jumps(part)
+            weights.append(torch.stack([stay, probs.sum(-1)], -1))
+        jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
+        for part in rows[jumping].split(size):
+            x = x.scatter(0, part, sample_categorical(probs[jumping] if len(weights) == 1 else jumps(part)[1]))
     if callback:
         callback(steps, x.view(shape))
     return x.view(shape)
