@@ -590,7 +590,8 @@ def test_jumps_are_draws_from_the_plain_posterior(stays):
 def test_chances_of_1e_9_are_drawn():
     """The seed tells the first uniform number u. A token of the chance 1e-9 that lies around u is drawn, each time.
 
-    So is a jump whose chance is a little more than u, and not one a little less. Float32 numbers are 6e-8 apart.
+    And a token stays if its chance to stay is a little more than u, and leaves if it is a little less. Float32 numbers
+    are 6e-8 apart.
     """
     n = 1000
     torch.manual_seed(4)
@@ -602,15 +603,15 @@ def test_chances_of_1e_9_are_drawn():
     above = torch.arange(n) % 2 > 0
 
     class Given(Uniform):
-        """A chain that starts at token 0, and leaves it for 1 with a chance of 5e-10 more or less than u."""
+        """A chain that starts at token 0, and stays there with a chance of 5e-10 more or less than u, or goes to 1."""
 
         def sample_prior(self, *shape, device=None, generator=None):
             return torch.zeros(shape, dtype=torch.long)
 
         def tweedie_probs(self, score, dsigma, x):
-            leave = u + torch.where(above, 5e-10, -5e-10)
-            return torch.stack([1 - leave, leave], -1)
+            stay = u + torch.where(above, 5e-10, -5e-10)
+            return torch.stack([stay, 1 - stay], -1)
 
     torch.manual_seed(4)
     drawn = sample(lambda x, sigma: torch.zeros(*x.shape, 2), Given(2), LogLinearNoise(), (n, 1), 1)[:, 0]
-    assert drawn.equal(above.long())
+    assert drawn.equal((~above).long())
