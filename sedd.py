@@ -180,8 +180,8 @@ class Graph:
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (torch.exp(-dsigma)[..., None] + hit * pi_x)
-        probs = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(hit * pi_x)
-        probs.scatter_(-1, x, stay)
+        jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(hit * pi_x)
+        probs = jumps.scatter_(-1, x, stay)
         return probs.div_(probs.sum(-1, keepdim=True))
 
 
@@ -321,11 +321,9 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
         rows = ((prompt < 0).flatten() & graph.can_change(x)).nonzero()[:, 0]
         if not len(rows):
             continue
-        euler = sampler == "euler" and step < steps - 1
+        last, euler = step == steps - 1, sampler == "euler" and step < steps - 1
         dsigma = rates[step] / steps if euler else sigmas[step] - sigmas[step + 1]
-        step_probs = graph.tweedie_probs
-        if euler or step == steps - 1:
-            step_probs = partial(euler_probs if euler else denoise_probs, graph)
+        step_probs = partial(denoise_probs if last else euler_probs, graph) if last or euler else graph.tweedie_probs
         inputs = x.view(shape), torch.full(shape[:1], sigmas[step], device=x.device)
         # our network computes scores just where they are asked for
         log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
@@ -333,8 +331,8 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
         def jumps(part):
             """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
             here, score = x[part], log_score(part)
-            if dsigma > 9 and x.device.type != "mps":  # a step magnifies rounding by e^dsigma; MPS has no float64
-                score = score.double()
+            # a step magnifies rounding by e^dsigma (and MPS has no float64)
+            score = score.double() if dsigma > 9 and x.device.type != "mps" else score
             probs = step_probs(score.exp_(), torch.full_like(score[:, 0], dsigma), here)
             return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
 
