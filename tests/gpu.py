@@ -187,7 +187,18 @@ def sampling(a, device):
 # ------------------------------------------------------------------------------------- and those of several processes
 
 
-def torchrun(a, folder, device, out, steps, *args):
+def launch(a, device, folder, out, restarts, script, *args):
+    """The script under torchrun, on as many processes as there are GPUs, 2 on the CPU; it writes to folder/out.txt."""
+    world = torch.cuda.device_count() if device.type == "cuda" else 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+               f"--nproc-per-node={world}", f"--max-restarts={restarts}", str(script), *args]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    with open(folder / f"{out}.txt", "a") as output:
+        return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                start_new_session=True)  # fmt: skip
+
+
+def training(a, folder, device, out, steps, *args, restarts=0):
     """train.py on as many processes as there are GPUs, 2 on the CPU, with data of random tokens."""
     data, config = folder / "data/random", TINY if a.tiny else SMALL
     data.mkdir(parents=True, exist_ok=True)
@@ -200,16 +211,9 @@ def torchrun(a, folder, device, out, steps, *args):
     (data / "meta.json").write_text(json.dumps(meta))
     world = torch.cuda.device_count() if device.type == "cuda" else 2
     shape = [f"--{name}={value}" for name, value in config.items() if name != "vocab_size"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               f"--nproc-per-node={world}", *[arg for arg in args if arg.startswith("--max-restarts")],
-               str(ROOT / "train.py"), *shape, *MORE, f"--data_dir={folder}/data", "--dataset=random",
-               f"--batch_size={a.batch * world}", f"--out_dir={folder / out}", f"--max_steps={steps}",
-               "--log_interval=1", f"--compile={a.compiled}", f"--device={device.type}",
-               *[arg for arg in args if not arg.startswith("--max-restarts")]]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    with open(folder / f"{out}.txt", "a") as output:
-        return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                start_new_session=True)  # fmt: skip
+    return launch(a, device, folder, out, restarts, ROOT / "train.py", *shape, *MORE, f"--data_dir={folder}/data",
+                  "--dataset=random", f"--batch_size={a.batch * world}", f"--out_dir={folder / out}",
+                  "--log_interval=1", f"--max_steps={steps}", f"--compile={a.compiled}", f"--device={device.type}", *args)  # fmt: skip
 
 
 def log_of(folder, out):
@@ -238,9 +242,48 @@ def children(process):
     return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def worker(a, device):
+    """What `by_process` starts: 10 steps under DDP, each with its share of the noise; process 0 prints the medians."""
+    train.join_processes()
+    b = Bench(a, device, compiled=a.compiled)
+    network = torch.nn.parallel.DistributedDataParallel(b.model, gradient_as_bucket_view=True)
+    times = []
+    for step in range(13):
+        torch.manual_seed(step)
+        t = sedd.low_discrepancy_times(a.batch * train.WORLD)[train.RANK :: train.WORLD].to(device)
+        synchronize(device)
+        began = time.perf_counter()
+        with train.autocast(device, b.dtype), train.training_attention(device):
+            loss = b.model.loss(b.x0, t, network=network).mean()
+        synchronize(device)
+        middle = time.perf_counter()
+        loss.backward()
+        synchronize(device)
+        times.append([middle - began, time.perf_counter() - middle])
+        b.model.zero_grad()
+    gathered = [None] * train.WORLD
+    torch.distributed.all_gather_object(gathered, torch.tensor(times[3:]).median(0).values.tolist())
+    if train.RANK == 0:
+        print(json.dumps(gathered))
+    torch.distributed.destroy_process_group()
+
+
+def by_process(a, device, folder):
+    """Milliseconds of forward and of backward pass in each process, medians of 10 steps."""
+    args = f"--worker --device={device.type} --batch={a.batch}".split() + ["--tiny"] * a.tiny
+    process = launch(a, device, folder, "by_process", 0, __file__, *args)
+    try:
+        status, output = process.wait(timeout=240), (folder / "by_process.txt").read_text()
+        assert status == 0, f"status {status}: {output[-300:]!r}"
+        passes = json.loads(output.splitlines()[-1])
+        return "; ".join(f"{1e3 * forward:.1f} + {1e3 * backward:.1f}" for forward, backward in passes)
+    finally:
+        end(process)
+
+
 def together(a, device, folder):
     """Steps of all processes: milliseconds, and gradients that all have."""
-    process = torchrun(a, folder, device, "together", 20)
+    process = training(a, folder, device, "together", 20)
     try:
         status, records = process.wait(timeout=240), log_of(folder, "together")
         assert status == 0, f"status {status}: {(folder / 'together.txt').read_text()[-300:]!r}"
@@ -254,7 +297,7 @@ def together(a, device, folder):
 
 def failing(a, device, folder):
     """One process is killed: seconds until torchrun and all others have ended."""
-    process = torchrun(a, folder, device, "failing", 10**6)
+    process = training(a, folder, device, "failing", 10**6)
     try:
         wait_for(lambda: len(log_of(folder, "failing")) >= 3, process, folder, "failing", 200)
         os.kill(children(process)[-1], signal.SIGKILL)
@@ -269,7 +312,7 @@ def failing(a, device, folder):
 
 def restart(a, device, folder):
     """One process is killed, and torchrun starts all again: from which step it goes on."""
-    process = torchrun(a, folder, device, "restart", 10**6, "--max-restarts=1", "--save_interval=3")
+    process = training(a, folder, device, "restart", 10**6, "--save_interval=3", restarts=1)
     checkpoint = folder / "restart/ckpt.pt"
     try:
         wait_for(checkpoint.exists, process, folder, "restart", 200)
@@ -297,6 +340,7 @@ CHECKS = {  # name: what the line should be
     "profile": "head and loss below a third, idle below 10%",
     "mfu": "H100 and A100: 0.35 and more is good, 0.5 very good; eager 0.25",
     "sampling": "every token one of the vocabulary",
+    "by_process": "every process within a tenth of the others, forward and backward",
     "together": "slowest within a tenth of the median",
     "failing": "all ended within 30 s, a status other than 0",
     "restart": "went on from step 3 or later",
@@ -308,12 +352,15 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, not compiled, to try the script out")
     parser.add_argument("--batch", type=int, default=8, help="sequences a process holds")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=[*CHECKS])
     a = parser.parse_args()
     if a.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("gpu.py: there is no GPU here, so nothing was run (--device=cpu --tiny tries out what a CPU can)")
     device = train.find_device(a.device)
     a.compiled = not a.tiny and train.can_compile(device)
+    if a.worker:
+        return worker(a, device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     dtype = str(train.find_dtype("auto", device)).removeprefix("torch.")
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}")
@@ -322,7 +369,7 @@ def main():
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in a.only:
-            began, several = time.monotonic(), name in ("together", "failing", "restart")
+            began, several = time.monotonic(), name in ("by_process", "together", "failing", "restart")
             if name == "waits" and device.type != "cuda":
                 continue
             try:

@@ -213,11 +213,12 @@ def test_without_a_gpu_one_line_says_so():
 
 def test_what_a_cpu_can_do_of_the_first_ten_minutes():
     """Not `recompilations`, which has a test of its own above."""
-    checks = ["loss", "attention", "profile", "mfu", "sampling", "together", "failing", "restart"]
+    checks = ["loss", "attention", "profile", "mfu", "sampling", "by_process", "together", "failing", "restart"]
     done = gpu_py("--device=cpu", "--tiny", "--batch=2", "--only", *checks)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0].strip("| ") for row in rows[1:]] == checks
     found = {row[0].strip("| "): row[1] for row in rows}
     assert found["attention"] == "math" and found["failing"].startswith("all ended after")
+    assert len(found["by_process"].split("; ")) == 2  # processes
     assert int(found["restart"].split()[-1]) >= 3
