@@ -231,15 +231,18 @@ def wait_for(condition, process, folder, out, limit):
         time.sleep(0.1)
 
 
-def end(process):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun's own session, and its processes
-    process.wait()
-
-
 def children(process):
-    """Ids of the processes that torchrun has started."""
-    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    """Ids of the processes that torchrun has started, none after its end."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return []
+
+
+def end(process):
+    for pid in [*children(process), process.pid]:  # each is in a session of its own, and outlives torchrun
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def worker(a, device):
