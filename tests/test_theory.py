@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scipy.stats import chi2, poisson
 
 from sedd import (
-    SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, low_discrepancy_times, nll_bound,
-    sample, sample_categorical,
+    SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, denoise_probs, diffusion_loss,
+    euler_probs, low_discrepancy_times, nll_bound, sample, sample_categorical,
 )  # fmt: skip
 
 V = 3
@@ -410,14 +410,16 @@ def exact_steps(graph, oracle, noise, sampler, steps):
 
 
 @all_graphs
-@both_noises
+@pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise(), GeometricNoise(0.5, 20.0)],
+                         ids=["loglinear", "geometric", "geometric from 0.5"])  # fmt: skip
 @pytest.mark.parametrize("sampler", ["tweedie", "euler"])
 @pytest.mark.parametrize("steps, off_by", [(2, None), (8, None), (3, 0.7), (3, -0.7)])
 def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
     """Section 4: N samples, with scores in float32, after each step against the exact distribution of that step.
 
     Pearson's chi-square over the sequences, and Poisson's law for those that hardly occur; false alarm 2e-6 a step.
-    Scores that are wrong by a factor reach the cases where a probability would come out negative.
+    Scores that are wrong by a factor reach the cases where a probability would come out negative. Noise that starts at
+    0.5 shows whether the last step undoes all of it.
     """
     oracle, counts, S = Oracle(graph, PAIR, off_by), [], graph.num_states
     model = lambda x, sigma: oracle(x, sigma).float()
@@ -429,6 +431,18 @@ def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
         expected, often = N * p, N * p >= 5
         assert ((count - expected) ** 2 / expected)[often].sum() < chi2.isf(1e-6, int(often.sum()))
         assert count[~often].sum() <= poisson.isf(1e-6, expected[~often].sum())
+
+
+@all_graphs
+def test_steps_have_no_negative_probability(graph):
+    """Where a step is too long, or scores promise too much or too little, there is still a chance of each state."""
+    x = sequences(graph.num_states, 2)
+    for off_by, sigma in itertools.product((-3.0, 0.0, 3.0), (0.1, 1.0, 5.0)):
+        sigma = torch.tensor([sigma], dtype=torch.float64)
+        score = Oracle(graph, PAIR, off_by)(x, sigma.expand(len(x))).exp()
+        for step_probs in euler_probs, denoise_probs, type(graph).tweedie_probs:
+            probs = step_probs(graph, score, sigma, x)
+            assert (probs >= 0).all() and (probs.sum(-1) > 0.99).all()
 
 
 def infilling_distance(graph, kept, seed=0):
