@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import regex
+import regex  # which comes with tiktoken, and reads its patterns
 import tiktoken
 
 from config import Seed, Whole, fail, parse, progress, run
