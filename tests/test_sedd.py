@@ -247,6 +247,15 @@ def test_score_entropy_is_infinite_where_the_score_vanishes(graph):
     assert (values[1][lost] > 1e290).all() and (values[0][lost] < 1e3).all()
 
 
+def test_a_token_that_noise_cannot_make_costs_nothing():
+    """A visible x other than x0 under the absorbing graph, p(x | x0) = 0: no loss, and gradients of 0 and not NaN."""
+    log_score = torch.randn(3, V + 1, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0, 1, 2])
+    entropy = Absorbing(V).score_entropy(log_score, torch.tensor([0.5]).double(), x, (x + 1) % V)
+    entropy.sum().backward()
+    assert entropy.equal(torch.zeros_like(entropy)) and log_score.grad.equal(torch.zeros_like(log_score))
+
+
 @pytest.mark.parametrize("sigma", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 6.9])
 def test_score_entropy_keeps_its_digits_in_float32(sigma):
     """GPT-2's vocabulary, uniform graph, 64 tokens of which half were hit, scores within a tenth of the truth.

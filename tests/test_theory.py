@@ -267,7 +267,7 @@ def test_bound_pays_for_the_distance_of_p_T_from_p_base(graph):
     given = T[sequences(graph.num_states, 2), x0[:, None]].prod(-1)  # p(x_T | x0), (V^2, S^2)
     distance = (given * (p_T / p_base).log()).sum(-1)
     assert ((bound + PAIR.flatten().log() - distance).abs() < 5 * error).all()
-    assert distance.abs().max() > 10 * error.max()
+    assert (distance.abs() > 10 * error).any()
 
 
 @all_graphs

@@ -43,7 +43,7 @@ class Walk(Graph):
 
     def sample_transition(self, x0, sigma, generator=None):
         moves = self.moves(sigma).expand(*x0.shape, self.num_states)
-        moved = torch.multinomial(moves.flatten(0, -2), 1, generator=generator).view(x0.shape)
+        moved = torch.multinomial(moves.reshape(-1, self.num_states), 1, generator=generator).view(x0.shape)
         return (x0 + moved) % self.num_states
 
     def sample_prior(self, *shape, device=None, generator=None):
