@@ -353,7 +353,7 @@ def test_infilling_counts_tokens(learned):
 def test_bytes_that_form_no_character_break_no_terminal(learned):
     terminal = Terminal(learned[0], "--watch=False", "--out_dir=bytes", "--steps=2", "--num_samples=20")
     assert terminal.end() == 0
-    texts = terminal.written.replace("\r\n", "\n")
+    texts = re.sub("\r+\n", "\n", terminal.written)  # the terminal adds one, a text may have another
     assert "\ufffd" in texts and not [c for c in texts if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 

@@ -618,7 +618,7 @@ if train.RANK == 0:
 
 def test_weights_of_one_two_and_four_processes_agree(home):
     args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
-            "--optimizer=adamw"]  # Muon counts in bfloat16 and makes much of a rounding  # fmt: skip
+            "--optimizer=adamw", "--learning_rate=0.002"]  # Muon counts in bfloat16: there a rounding can be much  # fmt: skip
     for count in 1, 2, 4:
         launcher = [*TORCHRUN, f"--nproc-per-node={count}"]
         works(run("train.py", *args, f"--out_dir=w{count}", cwd=home, launcher=launcher))
@@ -682,7 +682,7 @@ def test_overflow_in_float16_is_left_out_by_both_optimisers_and_survived(home):
     works(call("train.py", *args, "--max_steps=80", cwd=home))
     skipped = [record.get("skipped", 0) for record in read_log(home / "scaled")]
     count = sum(skipped)
-    assert skipped == [1] * count + [0] * (60 - count) and 30 < count < 55
+    assert len(skipped) == 60 and 30 < skipped.index(0) <= count < 55  # the first ones in a row, and few of them later
     assert checkpoint(home / "scaled")["scaler"]["scale"] == 2.0 ** (60 - count)
 
 
@@ -802,7 +802,8 @@ def test_ten_in_a_row_stop_the_run(home):
 
 
 def test_each_evaluation_shows_a_text_and_disturbs_nothing(home):
-    args = [*TINY, "--dropout=0.1", "--max_steps=6", "--log_interval=2"]
+    works(call("prepare.py", "--tokenizer=char", "--data_dir=chars", cwd=home))  # L tokens are L characters
+    args = [*TINY, "--data_dir=chars", "--dropout=0.1", "--max_steps=6", "--log_interval=2"]
     often = works(call("train.py", *args, "--eval_interval=2", "--out_dir=often", cwd=home))
     never = works(call("train.py", *args, "--eval_interval=100", "--out_dir=never", cwd=home))
     shown = [line for line in often.stdout.splitlines() if line[:1] in "'\""]
