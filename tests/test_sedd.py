@@ -256,6 +256,16 @@ def test_a_token_that_noise_cannot_make_costs_nothing():
     assert entropy.equal(torch.zeros_like(entropy)) and log_score.grad.equal(torch.zeros_like(log_score))
 
 
+def test_score_entropy_keeps_its_digits_near_its_minimum():
+    """A masked token at r = 0.5 (one token), log scores d off in float32: r (e^d - 1 - d) to a hundredth, d to 1e-3."""
+    d = torch.tensor([-0.1, -1e-2, -1e-3, 1e-3, 1e-2, 0.1])
+    log_score = torch.stack([math.log(0.5) + d, torch.zeros(6)], -1)
+    x0 = torch.zeros(6, dtype=torch.long)
+    entropy = Absorbing(1).score_entropy(log_score, torch.tensor([3.0]).log(), x0 + 1, x0)
+    exact = 0.5 * (torch.expm1(d.double()) - d)
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("sigma", [1e-4, 1e-3, 1e-2, 0.1, 1.0, 3.0, 6.9])
 def test_score_entropy_keeps_its_digits_in_float32(sigma):
     """GPT-2's vocabulary, uniform graph, 64 tokens of which half were hit, scores within a tenth of the truth.
