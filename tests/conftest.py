@@ -6,6 +6,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C, and so would every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
