@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import uuid
-import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from config import Amount, Count, Fraction, Seed, Whole, fail, parse, progress, run
 from prepare import Tokenizer
-from sedd import GRAPHS, MODELS, NOISES, SEDD, SEDDConfig
+from sedd import GRAPHS, MODELS, NOISES, SEDD, SEDDConfig, load_weights
 
 
 @dataclass
@@ -188,10 +187,7 @@ def load_checkpoint(path):
     if not os.path.isfile(path):  # False for what no file can be called
         fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={Path(path).parent}")
     with reading(path):
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_weights(path)
         config = SEDDConfig(**checkpoint["config"])
         model = MODELS[config.parameterization](config)
         model.load_state_dict(checkpoint["ema"])
