@@ -220,6 +220,32 @@ def test_each_optimiser_has_its_parameters(home):
             torch.testing.assert_close(move, -0.01 * p.grad.sign(), rtol=1e-3, atol=1e-6)
 
 
+def test_muon_is_that_of_torch():
+    """In bfloat16 up to its rounding; in float32 up to what bfloat16 loses, and as exactly as float64."""
+    shapes = [(32, 96), (96, 32), (32, 32), (96, 32)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+
+    def after_three_steps(optimizer, dtype=None, of=torch.float32):
+        matrices = [torch.nn.Parameter(matrix.to(of, copy=True)) for matrix in start]
+        optimizer = optimizer(matrices)
+        optimizer.dtype = dtype
+        for step in gradients:
+            for p, gradient in zip(matrices, step):
+                p.grad = gradient.to(of)
+            optimizer.step()
+        return torch.cat([(p - before).detach().float().flatten() for p, before in zip(matrices, start)])
+
+    torchs = after_three_steps(lambda p: torch.optim.Muon(p, 0.1, 0.01, adjust_lr_fn="match_rms_adamw"))
+    ours = {dtype: after_three_steps(lambda p: train.Muon(p, 0.1, 0.01), dtype)
+            for dtype in (torch.bfloat16, torch.float32)}  # fmt: skip
+    exact = after_three_steps(lambda p: train.Muon(p, 0.1, 0.01), torch.float64, torch.float64)
+    size = torchs.norm()
+    assert (ours[torch.bfloat16] - torchs).norm() < 0.01 * size
+    assert (ours[torch.float32] - torchs).norm() < 0.03 * size
+    assert (ours[torch.float32] - exact).norm() < 1e-5 * size
+
+
 def test_a_run_keeps_its_optimiser(home):
     works(call("train.py", *TINY, "--optimizer=adamw", "--max_steps=2", "--out_dir=adamw", cwd=home))
     assert checkpoint(home / "adamw")["optimizer"].keys() == {"adamw"}
