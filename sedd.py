@@ -11,16 +11,9 @@ true ratios. Its denoising form asks only for the ratios p(y | x0) / p(x | x0), 
 the noise and integrated over time, it bounds -log p(x0) from above, up to a term for each end. To sample, start from
 pure noise and run the chain backwards with the learned score.
 
-    1. Noise         how much noise there is at time t
-    2. Graph         what noise does to a token, and what follows from it: loss and reversed chain
-    3. Loss          a random draw of it for training, and its integral, the likelihood bound
-    4. Samplers      noise in, text out, with infilling
-    5. Transformer   the network whose output is the log score
-    6. Baselines     means instead of scores (D3PM), and GPT, on the same transformer
-    7. Published weights
-
-Sections 1 to 4 are the mathematics. There the network is a black box, called in two ways: model(x, sigma) is its log
-score (B, L, S), 0 at y = x, and model(x, sigma, x0) the score entropy (B, L) of that log score.
+Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box, called in two ways:
+model(x, sigma) is its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) the score entropy (B, L) of that log
+score. Then come the transformer (5), two baselines on it, D3PM and GPT (6), and published weights (7).
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
 x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
@@ -281,72 +274,122 @@ def denoise_probs(graph, score, sigma, x):
     return probs.div_(probs.sum(-1, keepdim=True))
 
 
-def sample_categorical(probs):
+def sample_categorical(probs, top_p=1.0):
     """Exact draws from probs (..., S), normalised or not -> (...), by inverting the running sum in float64.
 
     The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model
-    is, and look better for it (arXiv 2409.02908).
+    is, and look better for it (arXiv 2409.02908). top_p < 1 cuts the tail off openly: only the likeliest states are
+    drawn, as many as it takes to hold this share.
     """
     device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
+    if top_p < 1:
+        likely, y = probs.sort(-1, descending=True)
+        before = likely.cumsum(-1) - likely
+        probs = torch.zeros_like(probs).scatter(-1, y, likely * (before < top_p * likely.sum(-1, keepdim=True)))
     running = probs.double().cumsum(-1)
     u = torch.rand(running.shape[:-1], dtype=torch.float64, device=running.device) * running[..., -1]
     return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
 
 
+def scores_at(model, x, sigma):
+    """A function from places rows (R,) in x.flatten() to log scores (R, S). Our network computes no others."""
+    return model.scores_at(x, sigma) if isinstance(model, SEDD) else model(x, sigma).flatten(0, 1).__getitem__
+
+
+def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
+    """The states x (B, L) from noise to text, `steps` after the first; `free` (B, L) are the places to write at."""
+    shape, x, free, size = x.shape, x.flatten(), free.flatten(), SCORES_AT_A_TIME[x.device.type] // graph.num_states
+    sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
+    sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
+    for step in range(steps):
+        yield x.view(shape)
+        rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
+        fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
+        if len(rows):
+            step_probs, dsigma = type(graph).tweedie_probs if after else denoise_probs, sigma - after
+            if sampler == "euler" and after:
+                step_probs, dsigma = euler_probs, rates[step] / steps
+            log_score = scores_at(model, x.view(shape), torch.full(shape[:1], sigma, device=x.device))
+
+            def chances(part):
+                """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
+                here, score = x[part], log_score(part)
+                # a step magnifies rounding by e^dsigma (and MPS has no float64)
+                score = (score.double() if dsigma > 9 and x.device.type != "mps" else score).exp_()
+                probs = step_probs(graph, score, torch.full_like(score[:, 0], dsigma), here)
+                if fresh is not None:
+                    clean = denoise_probs(graph, score, torch.full_like(score[:, 0], sigma), here)
+                    probs = torch.where(fresh[part, None], clean, probs)
+                return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
+
+            # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
+            weights = []
+            for part in rows.split(max(1, size)):
+                stay, jumps = chances(part)
+                weights.append(torch.stack([stay, jumps.sum(-1)], -1))
+            jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
+            for part in rows[jumping].split(max(1, size)):
+                jumps = jumps[jumping] if len(weights) == 1 else chances(part)[1]
+                x = x.scatter(0, part, sample_categorical(jumps, top_p))
+        if fresh is not None:
+            x = torch.where(fresh, graph.sample_transition(x, torch.tensor(after, device=x.device)), x)
+    yield x.view(shape)
+
+
+def first_hitting(model, graph, noise, x, top_p):
+    """The states x (B, L) of the absorbing chain in continuous time: each call of the model turns one MASK to a token.
+
+    A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
+    m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
+    exact scores this draws from p(x0), and no step is too long. Learned scores need not sum to 1 / (e^sigma - 1), as
+    exact ones do: such a sum makes a token of a Tweedie step appear sooner or later, and has no effect here.
+    """
+    m, end = (-torch.expm1(-noise(torch.full((len(x), 1), t, dtype=torch.float64))[0]) for t in (1.0, 0.0))
+    yield x
+    while (masked := x == graph.mask_id).any():
+        u, n = torch.rand(len(x), 1, dtype=torch.float64), masked.sum(-1, keepdim=True).cpu()
+        m = torch.maximum(m * u ** (1 / n.clamp(min=1)), end)  # at the end of the noise all the rest appears
+        place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
+        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
+        rows = now.flatten().nonzero()[:, 0]
+        log_score = scores_at(model, x, -torch.log1p(-m[:, 0]).float().to(x.device))(rows)
+        x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
+        yield x
+
+
 @torch.no_grad()
-def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None):
+def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None,
+           top_p=1.0, eta=0.0):  # fmt: skip
     """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in at most `steps` calls of the model.
 
     Given the true scores `tweedie` is optimal among the steps that move each position independently, and exact for a
     single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
-    noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).)
+    noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is
+    first_hitting, which needs no steps.
 
     prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
     a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
     graph they do not, however small the steps: a kept token is taken for one that may be noisy.
+
+    With top_p < 1 tokens leave as ever, but only for the likeliest states, which have this share of the chances. With
+    eta > 0 what is written can still change: a place takes, with chance eta / (1 - e^-sigma), a fresh draw of x0 and
+    noise up to sigma, the next one, instead of a step (arXiv 2503.00307). Exact scores keep each place's marginal so.
     callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
-    if steps < 1 or sampler not in ("tweedie", "euler"):
-        raise ValueError(f"steps={steps}, sampler={sampler!r}: sampling takes at least 1 step, of tweedie or euler")
+    if steps < 1 or sampler not in ("tweedie", "euler", "exact"):
+        raise ValueError(f"steps={steps}, sampler={sampler!r}: there are tweedie, euler and exact, of at least 1 step")
+    if not 0 < top_p <= 1 or eta < 0 or sampler == "exact" and (eta or graph.mask_id is None):
+        raise ValueError(f"top_p={top_p} must be in (0, 1], eta={eta} at least 0; exact takes no eta and needs a MASK")
     x = graph.sample_prior(*shape, device=device)
     prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
         raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
-    x = torch.where(prompt < 0, x, prompt).flatten()
-    sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
-    sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
-    for step in range(steps):
+    free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
+    states = steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta)
+    for step, x in enumerate(first_hitting(model, graph, noise, x, top_p) if sampler == "exact" else states):
         if callback:
-            callback(step, x.view(shape))
-        rows = ((prompt < 0).flatten() & graph.can_change(x)).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        last, euler = step == steps - 1, sampler == "euler" and step < steps - 1
-        dsigma = rates[step] / steps if euler else sigmas[step] - sigmas[step + 1]
-        step_probs = partial(denoise_probs if last else euler_probs, graph) if last or euler else graph.tweedie_probs
-        inputs = x.view(shape), torch.full(shape[:1], sigmas[step], device=x.device)
-        # our network computes scores just where they are asked for
-        log_score = model.scores_at(*inputs) if isinstance(model, SEDD) else model(*inputs).flatten(0, 1).__getitem__
-
-        def jumps(part):
-            """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
-            here, score = x[part], log_score(part)
-            # a step magnifies rounding by e^dsigma (and MPS has no float64)
-            score = score.double() if dsigma > 9 and x.device.type != "mps" else score
-            probs = step_probs(score.exp_(), torch.full_like(score[:, 0], dsigma), here)
-            return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
-
-        # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
-        size, weights = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states), []
-        for part in rows.split(size):
-            stay, probs = jumps(part)
-            weights.append(torch.stack([stay, probs.sum(-1)], -1))
-        jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
-        for part in rows[jumping].split(size):
-            x = x.scatter(0, part, sample_categorical(probs[jumping] if len(weights) == 1 else jumps(part)[1]))
-    if callback:
-        callback(steps, x.view(shape))
-    return x.view(shape)
+            callback(step, x)
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -437,7 +480,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
         D = d // config.n_head
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2, device="cpu") / D), persistent=False)
 
     def trunk(self, x, sigma):
         """x (B, L), sigma (B,) -> features (B, L, n_embd), before the vocabulary head output_layer.linear."""
@@ -531,8 +574,8 @@ class SEDD(Transformer):
     def nll(self, x0, num_times=128):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
-    def generate(self, prompt, steps, sampler="tweedie", callback=None):
-        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback)
+    def generate(self, prompt, steps, sampler="tweedie", callback=None, **kw):
+        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback, **kw)
 
 
 MODELS = {"score": SEDD}
@@ -592,11 +635,11 @@ class GPT(Transformer):
         return self.loss(x0)
 
     @torch.no_grad()
-    def generate(self, prompt, steps=None, sampler=None, callback=None):
+    def generate(self, prompt, steps=None, sampler=None, callback=None, top_p=1.0, eta=None):
         """prompt (B, L), tokens and then -1 -> (B, L), one token at each call; what came before is computed again."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
         for i in range(int((prompt >= 0).all(0).cumprod(0).sum()), prompt.shape[1]):
-            drawn = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1))
+            drawn = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1), top_p)
             x[:, i + 1] = torch.where(prompt[:, i] < 0, drawn, prompt[:, i])
             if callback:
                 callback(i + 1, x[:, 1:])
@@ -655,10 +698,9 @@ def from_pretrained(path_or_hub_id):
         if config.n_layer > len(weights):
             raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
         inv_freq = weights.pop("rotary_emb.inv_freq", None)
-        with torch.device("meta"):  # shapes first: a wrong config can ask for more memory than there is
-            SEDD(config).load_state_dict(weights, assign=True)
-        model = SEDD(config).eval()
-        model.load_state_dict(weights)
+        with torch.device("meta"):  # a wrong config can ask for more memory than there is
+            model = SEDD(config).eval()
+        model.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
         if inv_freq is not None and not torch.allclose(inv_freq, model.inv_freq):
             raise ValueError("rotary positions of other frequencies")
         return model

@@ -1,5 +1,6 @@
 """sedd.py against the definitions it implements: dense linear algebra, plain sums, the authors' own numbers."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -515,18 +516,20 @@ def test_loss_rates_and_tweedie_are_the_published_codes(name, schedule):
 # ------------------------------------------------------------------------------------------------ samplers
 
 
-@both_names
-@pytest.mark.parametrize("sampler", ["euler", "tweedie"])
+@pytest.mark.parametrize("name, sampler, how", [
+    *itertools.product(["absorb", "uniform"], ["euler", "tweedie"], [{}, {"eta": 0.3}, {"top_p": 0.5}]),
+    ("absorb", "exact", {}), ("absorb", "exact", {"top_p": 0.5}),
+])  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 2, 9])
-def test_samples_are_clean_and_keep_the_prompt(name, sampler, steps):
+def test_samples_are_clean_and_keep_the_prompt(name, sampler, how, steps):
     model = random_model(name).eval()
     prompt = torch.full((32, 16), -1)
     prompt[:, [0, 3, 15]] = torch.randint(11, (32, 3))
     seen = []
     x = sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt,
-               callback=lambda step, x: seen.append((step, x.clone())))  # fmt: skip
+               callback=lambda step, x: seen.append((step, x.clone())), **how)  # fmt: skip
     assert x.shape == prompt.shape and x.min() >= 0 and x.max() < 11
-    assert [step for step, _ in seen] == list(range(steps + 1))
+    assert [step for step, _ in seen] == list(range((13 if sampler == "exact" else steps) + 1))
     for _, state in seen:
         assert (state == prompt)[prompt >= 0].all()
 
@@ -550,7 +553,8 @@ def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((2, 9), 1)),
-                                   dict(prompt=torch.full((2, 16), 11))])  # fmt: skip
+                                   dict(prompt=torch.full((2, 16), 11)), dict(top_p=0.0), dict(top_p=1.5),
+                                   dict(eta=-0.1), dict(eta=0.1, sampler="exact")])  # fmt: skip
 def test_sample_refuses_what_it_cannot_do(wrong):
     model = random_model("absorb")
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2, poisson
+from scipy.stats import chi2, kstest, poisson
 
 from sedd import (
     SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, denoise_probs, diffusion_loss,
@@ -381,7 +381,7 @@ def test_the_samplers_are_one_under_absorbing_log_linear_noise(t, dt):
     torch.testing.assert_close(euler, graph.tweedie_probs(score, sigma - earlier, x))
 
 
-def exact_steps(graph, oracle, noise, sampler, steps):
+def exact_steps(graph, oracle, noise, sampler, steps, eta=0.0):
     """The distribution over all S^L sequences before each step and after the last, (S^L,) each, by dense matrices."""
     x, Q = sequences(graph.num_states, oracle.L), graph.rate_matrix()
     prior = torch.linalg.matrix_exp(100 * Q)[:, 0]  # noise without end forgets where it began
@@ -402,6 +402,12 @@ def exact_steps(graph, oracle, noise, sampler, steps):
             probs = before.clamp(min=0) * torch.linalg.matrix_exp(step_Q)[x]
             probs[..., V:] *= not last
         probs = probs / probs.sum(-1, keepdim=True)
+        if eta and not last:  # kappa of the step, and else p(x0 | x) with new noise
+            kappa = 1 - min(1, eta / -torch.expm1(-sigmas[step + 1]))
+            before = torch.einsum("yz,xlz->xly", torch.linalg.matrix_exp(-sigmas[step] * Q), score)
+            clean = before.clamp(min=0) * torch.linalg.matrix_exp(sigmas[step] * Q)[x]
+            clean = clean[..., :V] / clean[..., :V].sum(-1, keepdim=True)
+            probs = kappa * probs + (1 - kappa) * clean @ torch.linalg.matrix_exp(sigmas[step + 1] * Q)[:, :V].T
         to = probs[:, 0]
         for i in range(1, oracle.L):
             to = (to[:, :, None] * probs[:, i, None]).flatten(1)
@@ -412,9 +418,9 @@ def exact_steps(graph, oracle, noise, sampler, steps):
 @all_graphs
 @pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise(), GeometricNoise(0.5, 20.0)],
                          ids=["loglinear", "geometric", "geometric from 0.5"])  # fmt: skip
-@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
+@pytest.mark.parametrize("sampler, eta", [("tweedie", 0), ("euler", 0), ("tweedie", 0.1), ("euler", 0.6)])
 @pytest.mark.parametrize("steps, off_by", [(2, None), (8, None), (3, 0.7), (3, -0.7)])
-def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
+def test_every_step_is_its_formula(graph, noise, sampler, eta, steps, off_by):
     """Section 4: N samples, with scores in float32, after each step against the exact distribution of that step.
 
     Pearson's chi-square over the sequences, and Poisson's law for those that hardly occur; false alarm 2e-6 a step.
@@ -424,13 +430,94 @@ def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
     oracle, counts, S = Oracle(graph, PAIR, off_by), [], graph.num_states
     model = lambda x, sigma: oracle(x, sigma).float()
     torch.manual_seed(0)
-    sample(model, graph, noise, (N, 2), steps, sampler,
+    sample(model, graph, noise, (N, 2), steps, sampler, eta=eta,
            callback=lambda step, x: counts.append(torch.bincount(x @ oracle.strides, minlength=S**2)))  # fmt: skip
     assert len(counts) == steps + 1
-    for count, p in zip(counts, exact_steps(graph, oracle, noise, sampler, steps)):
+    for count, p in zip(counts, exact_steps(graph, oracle, noise, sampler, steps, eta)):
         expected, often = N * p, N * p >= 5
         assert ((count - expected) ** 2 / expected)[often].sum() < chi2.isf(1e-6, int(often.sum()))
         assert count[~often].sum() <= poisson.isf(1e-6, expected[~often].sum())
+
+
+@all_graphs
+@both_noises
+@pytest.mark.parametrize("eta", [0.02, 0.3, 1.0])
+def test_fresh_draws_keep_the_marginal_of_a_position(graph, noise, eta):
+    """Of the states of one position, at each step: its marginal at that time. Pearson's chi-square, false alarm 1e-6."""
+    oracle, steps, counts = Oracle(graph, PAIR.sum(1)), 6, []
+    torch.manual_seed(0)
+    sample(oracle, graph, noise, (N, 1), steps, eta=eta,
+           callback=lambda step, x: counts.append(torch.bincount(x[:, 0], minlength=graph.num_states)))  # fmt: skip
+    sigmas, _ = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    for step in range(1, steps):  # at the start, pi is not yet the marginal, and at the end there is no noise
+        p = oracle.marginal(sigmas[step][None])[0]
+        slack = 2 * N * torch.exp(-sigmas[0])  # what pi lacks of the marginal at the start
+        excess = ((counts[step] - N * p).abs() - slack).clamp(min=0)
+        assert (excess**2 / (N * p).clamp(min=1)).sum() < chi2.isf(1e-6, graph.num_states - 1)
+
+
+@both_noises
+def test_the_exact_sampler_draws_from_the_data(noise):
+    """N samples of three tokens: Pearson's chi-square against p0, false alarm 1e-6, where as many Tweedie steps fail."""
+    model, off = Oracle(Absorbing(V), ROW), {}
+    for sampler in "exact", "tweedie":
+        torch.manual_seed(0)
+        x = sample(model, model.graph, noise, (N, 3), 3, sampler)
+        counts = torch.bincount((x * V ** torch.arange(2, -1, -1)).sum(-1), minlength=V**3)
+        off[sampler] = ((counts - N * ROW.flatten()) ** 2 / (N * ROW.flatten())).sum()
+    assert off["exact"] < chi2.isf(1e-6, V**3 - 1) < off["tweedie"] / 10
+
+
+@both_noises
+def test_the_exact_sampler_meets_each_token_at_its_time(noise):
+    """One token a call, in any order alike, and at such times that (m' / m)^n is uniform: Kolmogorov and chi-square.
+
+    m = 1 - e^-sigma is the chance of being masked, and n the number of masked tokens. False alarm 1e-6 each.
+    """
+    graph, calls, states = Absorbing(V), [], []
+    oracle = Oracle(graph, ROW)
+
+    def model(x, sigma):
+        calls.append(-torch.expm1(-sigma.double()))
+        return oracle(x, sigma)
+
+    torch.manual_seed(0)
+    sample(model, graph, noise, (N, 3), 1, "exact", callback=lambda step, x: states.append(x == graph.mask_id))
+    assert [state.sum() for state in states] == [3 * N, 2 * N, N, 0] and len(calls) == 3
+    m = -torch.expm1(-noise(torch.ones(N).double())[0])
+    for n, now in zip((3, 2, 1), calls):
+        assert kstest(((now / m) ** n).numpy(), "uniform").pvalue > 1e-6
+        m = now
+    order = torch.stack(states[:-1]).sum(0)  # (N, 3): how many calls each has waited
+    kinds = torch.bincount(order @ torch.tensor([16, 4, 1]))
+    kinds = kinds[kinds > 0]
+    assert len(kinds) == 6 and ((kinds - N / 6) ** 2 / (N / 6)).sum() < chi2.isf(1e-6, 5)
+
+
+def test_the_exact_sampler_ends_where_the_noise_does():
+    """Geometric noise that begins at 0.7 leaves tokens masked with chance 1/2: they all appear in one last call."""
+    noise, graph, calls = GeometricNoise(0.7, 20.0), Absorbing(V), []
+    oracle = Oracle(graph, torch.einsum("a,b,c,d,e,f->abcdef", *[PAIR.sum(1)] * 6))
+
+    def model(x, sigma):
+        calls.append((x == graph.mask_id).sum(-1)[sigma < 0.7 + 1e-6])  # of sequences at the end of their noise
+        return oracle(x, sigma)
+
+    torch.manual_seed(0)
+    x = sample(model, graph, noise, (2000, 6), 1, "exact")
+    left = torch.cat(calls)
+    left = torch.bincount(left[left > 0], minlength=7)
+    share = 1 - math.exp(-0.7)  # of tokens that noise has hit by then; a sequence with none left has no last call
+    expected = 2000 * torch.tensor([math.comb(6, k) * share**k * (1 - share) ** (6 - k) for k in range(7)])
+    assert ((left - expected)[1:] ** 2 / expected[1:]).sum() < chi2.isf(1e-6, 6)
+    counts = torch.bincount(x.flatten(), minlength=V)
+    assert ((counts - 12000 * PAIR.sum(1)) ** 2 / (12000 * PAIR.sum(1))).sum() < chi2.isf(1e-6, V - 1)
+
+
+@pytest.mark.parametrize("kept", [{0: 1}, {1: 2}, {0: 0, 2: 0}], ids=["prefix", "middle", "both ends"])
+def test_the_exact_sampler_infills(kept):
+    """Section 4.3, and now without any error of steps."""
+    assert infilling_distance(Absorbing(V), kept, sampler="exact") < NOISE_OF_TV
 
 
 @all_graphs
@@ -445,13 +532,13 @@ def test_steps_have_no_negative_probability(graph):
             assert (probs >= 0).all() and (probs.sum(-1) > 0.99).all()
 
 
-def infilling_distance(graph, kept, seed=0):
+def infilling_distance(graph, kept, seed=0, sampler="tweedie"):
     """Total variation of the infilled rest against p0(rest | kept), for ROW with `kept`, a dict from position to token."""
     prompt = torch.full((N, 3), -1)
     for i, token in kept.items():
         prompt[:, i] = token
     torch.manual_seed(seed)
-    x = sample(Oracle(graph, ROW), graph, LogLinearNoise(), (N, 3), 64, prompt=prompt)
+    x = sample(Oracle(graph, ROW), graph, LogLinearNoise(), (N, 3), 64, sampler, prompt)
     assert all((x[:, i] == token).all() for i, token in kept.items())
     conditional = torch.zeros_like(ROW)
     place = tuple(kept.get(i, slice(None)) for i in range(3))
@@ -497,6 +584,50 @@ def test_draws_follow_their_probabilities():
     expected = (400_000 * p / p.sum()).double()
     assert counts[p == 0].sum() == 0
     assert ((counts - expected) ** 2 / expected)[p > 0].sum() < chi2.isf(1e-6, int((p > 0).sum()) - 1)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_tail_is_cut_off_where_the_others_hold_top_p(top_p):
+    """By its definition, on plain lists; then Pearson's chi-square of 200,000 draws, false alarm 1e-6."""
+    torch.manual_seed(0)
+    p = torch.rand(40).double() ** 4
+    kept, share = [], 0.0
+    for chance, y in sorted(((chance, y) for y, chance in enumerate((p / p.sum()).tolist())), reverse=True):
+        if share < top_p:
+            kept.append(y)
+            share += chance
+    counts = torch.bincount(sample_categorical(p.expand(200_000, -1), top_p), minlength=40)
+    assert counts.sum() == counts[kept].sum() and len(kept) < 40
+    expected = 200_000 * p[kept] / p[kept].sum()
+    assert ((counts[kept] - expected) ** 2 / expected).sum() < chi2.isf(1e-6, max(1, len(kept) - 1))
+
+
+@all_graphs
+def test_top_p_decides_where_a_token_goes_and_not_whether(graph):
+    """One step from noise, N times: as many stay as ever (chi-square, false alarm 1e-6), and the least likely never come."""
+    p0, states = PAIR.sum(1), []
+    torch.manual_seed(0)
+    sample(Oracle(graph, p0), graph, LogLinearNoise(), (N, 1), 2, top_p=0.52,
+           callback=lambda step, x: states.append(x[:, 0]))  # fmt: skip
+    sigma, after = LogLinearNoise()(torch.tensor([1.0, 0.5]).double())[0]
+    start = torch.arange(graph.num_states)[:, None]
+    score = Oracle(graph, p0)(start, sigma.expand(len(start))).exp()
+    probs = graph.tweedie_probs(score, (sigma - after)[None], start)[:, 0]
+    seen = 0
+    for x in states[0].unique().tolist():
+        went = states[1][states[0] == x]
+        others = torch.where(torch.arange(graph.num_states) == x, 0.0, probs[x])
+        likely = others.argsort(descending=True)
+        before = others[likely].cumsum(0) - others[likely]
+        others[likely[before >= 0.52 * others.sum()]] = 0.0
+        expected = others / others.sum() * (1 - probs[x, x])
+        expected[x] = probs[x, x]
+        expected, counts = len(went) * expected, torch.bincount(went, minlength=graph.num_states)
+        assert counts[expected == 0].sum() == 0 and (expected == 0).any()
+        cells = expected > 0
+        assert ((counts - expected)[cells] ** 2 / expected[cells]).sum() < chi2.isf(1e-6, int(cells.sum()) - 1)
+        seen += 1
+    assert seen == (1 if graph.mask_id is not None else V)
 
 
 # ------------------------------------------------------------------------------------------ a network that learned
