@@ -1,4 +1,4 @@
-"""Four systems on the same work: python tests/experiments.py train|quality|infill|draw|tables
+"""Four systems on the same work: python tests/experiments.py train|quality|samplers|infill|draw|tables
 
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
 tokens, optimisers and parameters (of which a sixth gives GPT, without noise, constants only). Run
@@ -8,16 +8,18 @@ train     every training: for each system the best of three learning rates, chos
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
+samplers  64 samples of each seed of SEDD Absorb and Uniform, from each sampler, with and without top_p.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
 
 Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
-in out/experiments/; those that quality, infill and draw need and do not find, they train first.
+in out/experiments/; those that quality, samplers, infill and draw need and do not find, they train first.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -44,6 +46,10 @@ RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 1000, 200
 DIFFUSION, CALLS = ("absorb", "uniform", "d3pm"), (8, 16, 32, 64, 128, 256, 512)
 # Under the absorbing graph and log-linear noise the samplers are one: tests/test_theory.py.
 SAMPLED = [("absorb", "tweedie"), ("uniform", "tweedie"), ("uniform", "euler"), ("d3pm", "tweedie")]
+# Beyond the paper: (system, sampler, eta), calls of the network, top_p. `exact` makes a call for each token.
+BEYOND = [("absorb", "tweedie", 0.0), ("absorb", "tweedie", 0.05), ("absorb", "exact", 0.0),
+          ("uniform", "tweedie", 0.0), ("uniform", "tweedie", 0.05)]  # fmt: skip
+BEYOND_CALLS, TOP_P = (16, 64, 256), (1.0, 0.9)
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
 
@@ -193,11 +199,11 @@ def entropy(x):
     return sum(torch.special.entr(torch.bincount(row) / len(row)).sum().item() for row in x) / len(x)
 
 
-def written(model, prompt, steps, sampler="tweedie"):
+def written(model, prompt, steps, sampler="tweedie", **how):
     """What a model makes of prompt (B, L), in the CPU's dtype; GPT computes its past anew at each token."""
     device = torch.device("cpu")
     with autocast(device, find_dtype("auto", device)):
-        return model.generate(prompt, steps, sampler)
+        return model.generate(prompt, steps, sampler, **how)
 
 
 def measured(path, key, measure):
@@ -214,7 +220,7 @@ def measured(path, key, measure):
 
 def measurements(path):
     """The lines of a file of results that are of the models and the judge which the trainings chose."""
-    models = {None, *map(model_of, TITLES)}
+    models = {None, *(model_of(name, seed) for name in TITLES for seed in SEEDS)}
     return [line for line in read(path) if line["judge"] == model_of("gpt", SEEDS[1]) and line.get("model") in models]
 
 
@@ -241,6 +247,27 @@ def quality(a):
         for name, sampler in SAMPLED:
             key = {"system": name, "model": model_of(name), "steps": steps, "sampler": sampler}
             measured("quality.jsonl", key, lambda: sampled(name, steps, sampler))
+
+
+def beyond():
+    """The runs of `samplers`, but for their seed."""
+    for (name, sampler, eta), top_p in itertools.product(BEYOND, TOP_P):
+        for steps in BEYOND_CALLS if sampler == "tweedie" else [128]:
+            yield {"system": name, "sampler": sampler, "eta": eta, "top_p": top_p, "steps": steps}
+
+
+def samplers(a):
+    judge = load("gpt", SEEDS[1])
+    nothing = torch.full((64, judge.config.block_size), -1)
+    for seed, run in itertools.product(SEEDS, beyond()):
+
+        def sampled():
+            model = load(run["system"], seed)
+            torch.manual_seed(0)
+            x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"], eta=run["eta"])
+            return judged(judge, x) | {"entropy": entropy(x)}
+
+        measured("samplers.jsonl", run | {"model": model_of(run["system"], seed)}, sampled)
 
 
 def infill(a):
@@ -321,6 +348,22 @@ def draw(a):
     axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "quality.svg")
 
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    runs = across_seeds()
+    for (name, sampler, eta), top_p in itertools.product(BEYOND, TOP_P):
+        kind = {"system": name, "sampler": sampler, "eta": eta, "top_p": top_p}
+        mine = [run for run in runs if kind.items() <= run.items()]
+        axes[name == "uniform"].errorbar(
+            [run["steps"] for run in mine], [run["perplexity"] for run in mine], [run["spread"] for run in mine],
+            color="C3" if eta else "C0" if sampler == "tweedie" else "C2", ls="-" if top_p == 1 else ":", marker=".",
+            capsize=2, label=beyond_title(sampler, eta, top_p))  # fmt: skip
+    for name, axis in zip(("absorb", "uniform"), axes):
+        axis.set(xscale="log", yscale="log", xlabel="network calls", title=TITLES[name])
+        axis.set_xticks([16, 64, 128, 256], [16, 64, 128, 256])
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("perplexity under a GPT")
+    save(figure, "samplers.svg")
+
     rows, length = 21, 56
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
     vocabulary = data("test")[1]["vocab"]
@@ -343,6 +386,22 @@ def draw(a):
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("time, from noise (above) to text (below)")
     save(figure, "writing.png")
+
+
+def beyond_title(sampler, eta, top_p):
+    return sampler + (f", eta {eta:g}" if eta else "") + (f", top_p {top_p:g}" if top_p < 1 else "")
+
+
+def across_seeds():
+    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds."""
+    lines, runs = measurements("samplers.jsonl"), []
+    for run in beyond():
+        mine = [line for line in lines if run.items() <= line.items()]
+        if len(mine) > 1:
+            found = [line["perplexity"] for line in mine]
+            told = {"perplexity": statistics.mean(found), "spread": statistics.stdev(found), "seeds": len(mine)}
+            runs.append(run | told | {"entropy": statistics.mean(line["entropy"] for line in mine)})
+    return runs
 
 
 def table(head, rows):
@@ -382,6 +441,12 @@ def tables(a):
         table([name, *(f"{n} calls" for n in CALLS)], rows)
         print("\n" + "; ".join(f"{title}: {number(r, name, digits)}" for title, r in ends.items() if name in r))
 
+    rows = [[TITLES[r["system"]], beyond_title(r["sampler"], r["eta"], r["top_p"]), r["steps"],
+             f"{r['perplexity']:.1f} ± {r['spread']:.1f}", f"{r['entropy']:.2f}", r["seeds"]]
+            for r in across_seeds()]  # fmt: skip
+    if rows:
+        table(["system", "sampler", "calls", "perplexity", "entropy", "seeds"], rows)
+
     found = {(r["system"], r.get("where")): r for r in measurements("infill.jsonl")}
     for name, digits in ("perplexity", 2), ("match", 3):
         rows = [[title, *(number(found.get((system, place), {}), name, digits) for place in PLACES)]
@@ -401,7 +466,7 @@ def tables(a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (train, quality, infill, draw, tables)}
+    commands = {f.__name__: f for f in (train, quality, samplers, infill, draw, tables)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, a core each")
     a = parser.parse_args()

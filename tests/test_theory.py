@@ -586,6 +586,14 @@ def test_draws_follow_their_probabilities():
     assert ((counts - expected) ** 2 / expected)[p > 0].sum() < chi2.isf(1e-6, int((p > 0).sum()) - 1)
 
 
+def test_top_p_cuts_the_tail_of_the_exact_sampler():
+    """One position: of tokens with chances 0.5, 0.3 and 0.2 the first two hold 0.6, and come as 5 to 3; 1e-6."""
+    model = Oracle(Absorbing(V), PAIR.sum(1))
+    torch.manual_seed(0)
+    counts = torch.bincount(sample(model, model.graph, LogLinearNoise(), (N, 1), 1, "exact", top_p=0.6)[:, 0])
+    assert len(counts) == 2 and (counts[0] - N * 5 / 8) ** 2 / (N * 15 / 64) < chi2.isf(1e-6, 1)
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_the_tail_is_cut_off_where_the_others_hold_top_p(top_p):
     """By its definition, on plain lists; then Pearson's chi-square of 200,000 draws, false alarm 1e-6."""
