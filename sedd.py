@@ -292,7 +292,7 @@ def sample_categorical(probs, top_p=1.0):
 
 
 def scores_at(model, x, sigma):
-    """A function from places rows (R,) in x.flatten() to log scores (R, S). Our network computes no others."""
+    """A function from places rows (R,) in x.flatten() to the log scores there (R, S). SEDD computes only these."""
     return model.scores_at(x, sigma) if isinstance(model, SEDD) else model(x, sigma).flatten(0, 1).__getitem__
 
 
@@ -360,20 +360,22 @@ def first_hitting(model, graph, noise, x, top_p):
 @torch.no_grad()
 def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None,
            top_p=1.0, eta=0.0):  # fmt: skip
-    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK, in at most `steps` calls of the model.
+    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK.
 
-    Given the true scores `tweedie` is optimal among the steps that move each position independently, and exact for a
-    single position; `euler` is tau-leaping. Both end with `denoise_probs`. (Under the absorbing graph with log-linear
-    noise they are the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is
-    first_hitting, which needs no steps.
+    `tweedie` and `euler` call the model at most `steps` times. Given the true scores `tweedie` is optimal among the
+    steps that move each position independently, and exact for a single position; `euler` is tau-leaping. Both end with
+    `denoise_probs`. (Under the absorbing graph with log-linear noise they are the same for any scores, for
+    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact`, for the absorbing graph, is first_hitting: it takes no
+    steps, but a call for each token.
 
     prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
     a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
     graph they do not, however small the steps: a kept token is taken for one that may be noisy.
 
-    With top_p < 1 tokens leave as ever, but only for the likeliest states, which have this share of the chances. With
-    eta > 0 what is written can still change: a place takes, with chance eta / (1 - e^-sigma), a fresh draw of x0 and
-    noise up to sigma, the next one, instead of a step (arXiv 2503.00307). Exact scores keep each place's marginal so.
+    top_p < 1 does not change whether a token jumps, but it then jumps only to the likeliest states, as many as hold
+    this share of the chances. eta > 0 lets a token change once more after it is written: a position takes, instead of
+    a step to noise sigma', a fresh draw of x0 noised up to sigma', with chance eta / (1 - e^-sigma') or 1, whichever is
+    less (arXiv 2503.00307). With exact scores the marginal of a position stays what it is.
     callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
     """
     if steps < 1 or sampler not in ("tweedie", "euler", "exact"):
