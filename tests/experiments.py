@@ -8,7 +8,7 @@ train     every training: for each system the best of three learning rates, chos
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
-samplers  64 samples of each seed of SEDD Absorb and Uniform, from each sampler, with and without top_p.
+samplers  64 samples of three seeds of smaller models, absorbing and uniform, by each sampler, with and without top_p.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
@@ -63,8 +63,8 @@ def data(split, dataset="shakespeare_char"):
 # -------------------------------------------------------------------------------------------------- training
 
 
-def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
-    return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}"
+def name_of(system, rate, seed, steps, dataset="shakespeare_char", width=192):
+    return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}" + (f"-{width}" if width != 192 else "")
 
 
 def read(path):
@@ -85,10 +85,10 @@ def log_of(*run):
     return read(f"{name_of(*run)}.jsonl")
 
 
-def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=False):
+def run_training(system, rate, seed, steps, dataset="shakespeare_char", width=192, weights=False):
     """Train, and test if it is no search for a learning rate, unless there is a log, and, if asked for, the weights."""
     name, times = system
-    run = system, rate, seed, steps, dataset
+    run = system, rate, seed, steps, dataset, width
     out = WEIGHTS / name_of(*run)
     if log_of(*run) and not (weights and unfinished(out, steps)):
         return
@@ -97,7 +97,8 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
         sys.exit(f"experiments.py: data/{dataset} is not there by characters, as all bounds of these tables are: "
                  f"python prepare.py {dataset} --tokenizer=char")  # fmt: skip
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
-                   max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
+                   max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto",
+                   n_embd=width, n_head=width // 64)  # fmt: skip
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
@@ -107,7 +108,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
         return
     with open(out / "log.jsonl") as log:
         lines = "".join(line for line in log if '"options"' not in line)  # these name folders of this machine
-    if steps == STEPS:
+    if steps != SEARCH:
         with lock:
             bound, error = test_bound(out, dataset)
         lines += json.dumps({"test": bound, "test_error": error}) + "\n"
@@ -173,17 +174,20 @@ def train(a):
 # --------------------------------------------------------------------------------- samples, judged by another GPT
 
 
-def model_of(name, seed=SEEDS[0]):
-    """The name of a system's training with its winning times and rate."""
+def run_of(name, seed=SEEDS[0], small=False):
+    """What trains a system with its winning times and rate. The small ones are for `samplers`."""
     system = best_times(name)
-    return name_of(system, best_rate(system), seed, STEPS)
+    return system, best_rate(system), seed, *((700, "shakespeare_char", 128) if small else (STEPS,))
 
 
-def load(name, seed):
-    """The model with a system's winning times and rate; where only its log is there, it is trained first."""
-    system = best_times(name)
-    run_training(system, best_rate(system), seed, STEPS, weights=True)
-    return load_model(WEIGHTS / model_of(name, seed))[0]
+def model_of(*which):
+    return name_of(*run_of(*which))
+
+
+def load(*which):
+    """The model of that training; where only its log is there, or nothing, it is trained first."""
+    run_training(*run_of(*which), weights=True)
+    return load_model(WEIGHTS / model_of(*which))[0]
 
 
 def judged(judge, x):
@@ -220,7 +224,7 @@ def measured(path, key, measure):
 
 def measurements(path):
     """The lines of a file of results that are of the models and the judge which the trainings chose."""
-    models = {None, *(model_of(name, seed) for name in TITLES for seed in SEEDS)}
+    models = {None, *(model_of(*which) for which in itertools.product(TITLES, SEEDS, (False, True)))}
     return [line for line in read(path) if line["judge"] == model_of("gpt", SEEDS[1]) and line.get("model") in models]
 
 
@@ -262,12 +266,12 @@ def samplers(a):
     for seed, run in itertools.product(SEEDS, beyond()):
 
         def sampled():
-            model = load(run["system"], seed)
+            model = load(run["system"], seed, True)
             torch.manual_seed(0)
             x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"], eta=run["eta"])
             return judged(judge, x) | {"entropy": entropy(x)}
 
-        measured("samplers.jsonl", run | {"model": model_of(run["system"], seed)}, sampled)
+        measured("samplers.jsonl", run | {"model": model_of(run["system"], seed, True)}, sampled)
 
 
 def infill(a):
