@@ -51,7 +51,7 @@ def build_prompt(o, tokenizer, block_size):
     if o.infill and (o.prefix or o.suffix or o.length):
         raise ValueError("--infill gives the whole text: it goes without --prefix, --suffix and --length")
     parts = re.split(r"\{(\d+)\}", o.infill)  # text, tokens of a gap, text, ..., text
-    kept = [tokenizer.encode(text) for text in (parts[::2] if o.infill else (o.prefix, o.suffix))]
+    kept = [tokenizer.encode(text).tolist() for text in (parts[::2] if o.infill else (o.prefix, o.suffix))]
     size = sum(map(len, kept))
     gaps = [int(number) for number in parts[1::2]] if o.infill else [(o.length or block_size) - size]
     if sum(gaps) < 1:

@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -290,9 +291,9 @@ def test_interrupted_prepare_leaves_the_data_as_it_was(home, tmp_path, monkeypat
     if where == "meta.json":
         monkeypatch.setattr(json, "dumps", mock.Mock(side_effect=trouble))
     else:
-        concatenate = np.concatenate
-        bad = mock.Mock(side_effect=trouble)
-        monkeypatch.setattr(np, "concatenate", lambda arrays: (concatenate if len(arrays[0]) > 500 else bad)(arrays))
+        encode, bad = tiktoken.Encoding.encode_to_numpy, mock.Mock(side_effect=trouble)
+        monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy",
+                            lambda self, text, **options: (encode if len(text) > 500 else bad)(self, text, **options))  # fmt: skip
     for name in "pydocs", "fresh":
         done = call("prepare.py", name, "--input=new.txt", cwd=tmp_path)
         if trouble is FULL:
@@ -328,7 +329,7 @@ def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
     done = call("prepare.py", "some", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path)
     complains(done, "prepare.py", "TIKTOKEN_CACHE_DIR")
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no route")))
-    complains(call("prepare.py", "shakespeare_char", cwd=tmp_path), "prepare.py", "no route", "--input FILE")
+    complains(call("prepare.py", "shakespeare_char", cwd=tmp_path), "prepare.py", "no route", "tinyshakespeare/input.txt")
     assert os.listdir(tmp_path) == ["some.txt"]
 
 
@@ -601,7 +602,7 @@ BAD = {
         ("x --inputs=short.txt", "'inputs'", "'input'"),
         ("../x --input=short.txt", "'../x'", "plain folder name"),
         (".. --input=short.txt", "'..'", "plain folder name"),
-        ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot write"),
+        ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot prepare"),
     ],
     "sample.py": [
         ("--step=5", "'step'", "'steps'"),
