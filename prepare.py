@@ -8,6 +8,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ import numpy as np
 import regex  # which comes with tiktoken, and reads its patterns
 import tiktoken
 
-from config import Whole, fail, parse, progress, run
+from config import fail, parse, progress, run
 
 END_OF_TEXT = 50256  # GPT-2's
 BLOCK = 2000  # texts that are read and encoded together; of each block OpenWebText gives one to val: 0.05%
@@ -31,7 +32,6 @@ class Options:
     tokenizer: Literal["bpe", "char", "gpt2"] = "bpe"  # BPE learned from the text; a token a character; GPT-2's BPE
     vocab_size: Annotated[int, 256, 2**20] = 1024  # tokens that bpe learns, with the 256 single bytes
     source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
-    workers: Whole = 0  # threads that tokenize; 0: one a core
     data_dir: str = "data"  # where the folder NAME goes
 
 
@@ -175,6 +175,12 @@ def pydocs():
     return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
 
 
+def read_text(path):
+    """The text of a file or URL in UTF-8."""
+    with urllib.request.urlopen(path, timeout=60) if "://" in path else open(path, "rb") as file:
+        return file.read().decode()
+
+
 def read_rows(name, folder, source):
     """Blocks of a set in its order, each (split, up to BLOCK texts), from the folder or, without one, from the hub.
 
@@ -213,7 +219,7 @@ def read_rows(name, folder, source):
             print(f"prepare.py: {split} of {source} has {seen[split]:,} {unit}, not {known[split]:,}", file=sys.stderr)
 
 
-def write(folder, blocks, meta, end, workers):
+def write(folder, blocks, meta, end):
     """Encode (split, texts) as they come, each text with the tokens `end` behind it. Into `folder`: all, or nothing.
 
     Completes meta. Other files there, such as the text itself, stay. The old data go before the new move in, meta.json
@@ -223,7 +229,7 @@ def write(folder, blocks, meta, end, workers):
     end = np.array(end, "<u2" if encoder.vocab_size <= 65535 else "<u4")
     meta |= {"vocab_size": encoder.vocab_size, "dtype": end.dtype.str, "sizes": Counter(), "bytes": Counter()}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(workers) as pool, TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as new:
+    with ThreadPoolExecutor() as pool, TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as new:
         for split, texts in blocks:
             with open(f"{new}/{split}.bin", "ab") as file:
                 for tokens in pool.map(encoder.encode, texts):
@@ -255,22 +261,23 @@ def main():
     meta, folder, end = {"tokenizer": tokenizer, "source": source}, Path(o.data_dir) / o.name, []
     try:
         if kind.files:
-            blocks, end = read_rows(o.name, o.source, source), [] if kind.letters else [END_OF_TEXT]
-        elif kind is SETS["pydocs"]:
-            text = pydocs()
+            rows = read_rows(o.name, o.source, source)
+            blocks = chain([next(rows)], rows)  # what cannot be read fails before anything is touched
+            if kind.letters:
+                meta["vocab"] = list(kind.letters)
+            else:
+                end = [END_OF_TEXT]
         else:
-            with urllib.request.urlopen(kind.path, timeout=60) if "://" in kind.path else open(kind.path, "rb") as file:
-                text = file.read().decode()
-        if not kind.files:
+            text = pydocs() if kind is SETS["pydocs"] else read_text(kind.path)
             if len(text.strip()) < 20:
                 fail(f"{source} is empty or short ({len(text)} characters): it takes 20 to leave some for val and test")
             a, b = int(0.9 * len(text)), int(0.95 * len(text))
             blocks = ("train", [text[:a]]), ("val", [text[a:b]]), ("test", [text[b:]])
-        if tokenizer == "char":
-            meta["vocab"] = list(kind.letters) or sorted(set(text))
-        elif tokenizer == "bpe":
-            meta |= {"vocab": learn_bpe(text[:a], o.vocab_size), "pattern": WORD}
-        write(folder, blocks, meta, end, o.workers or None)
+            if tokenizer == "char":
+                meta["vocab"] = sorted(set(text))
+            elif tokenizer == "bpe":
+                meta |= {"vocab": learn_bpe(text[:a], o.vocab_size), "pattern": WORD}
+        write(folder, blocks, meta, end)
     except UnicodeDecodeError as error:
         fail(f"{source} is not UTF-8 text (byte {error.start}): convert it first, as with iconv -t UTF-8")
     except (OSError, ValueError) as error:

@@ -507,12 +507,6 @@ def test_owt_validates_on_one_document_of_2000(pages):
     assert files(pages / "a") == files(pages / "b")
 
 
-def test_workers_leave_no_trace_in_the_files(pages):
-    for workers in 1, 3:
-        works(call("prepare.py", "owt", "--source=mine", f"--data_dir=w{workers}", f"--workers={workers}", cwd=pages))
-    assert files(pages / "w1") == files(pages / "w3")
-
-
 def rss_of_tree(pid):
     """Resident bytes of a process and its descendants."""
     try:
@@ -658,7 +652,6 @@ def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
         ("pydocs --source=good", ["source='good'", "stand in", "owt, text8"]),
         ("x --source=good", ["source='good'", "stand in", "owt, text8"]),
         ("lm1b --source=good --input=good/some.txt", ["source='good'", "stand in"]),
-        ("lm1b --source=good --workers=-1", ["workers=-1"]),
         ("lm1b --source=good --tokenizer=char", ["lm1b", "gpt2", "--tokenizer=char"]),
         ("text8 --source=good --tokenizer=bpe", ["text8", "char", "--tokenizer=bpe"]),
     ],
