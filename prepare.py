@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import urllib.request
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
+from urllib.request import urlopen
 
 import numpy as np
 import regex  # which comes with tiktoken, and reads its patterns
@@ -175,12 +175,6 @@ def pydocs():
     return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
 
 
-def read_text(path):
-    """The text of a file or URL in UTF-8."""
-    with urllib.request.urlopen(path, timeout=60) if "://" in path else open(path, "rb") as file:
-        return file.read().decode()
-
-
 def read_rows(name, folder, source):
     """Blocks of a set in its order, each (split, up to BLOCK texts), from the folder or, without one, from the hub.
 
@@ -250,34 +244,33 @@ def main():
     if not re.fullmatch(r"[^./\\][^/\\]*", o.name):
         fail(f"name={o.name!r} must be a plain folder name")
     if o.source and not (kind and kind.files and Path(o.source).is_dir()):
-        sets = ", ".join(name for name in SETS if SETS[name].files)
-        fail(f"source={o.source!r} must be a folder, and stand in for a set of the hub: {sets}")
+        fail(f"source={o.source!r} must be a folder, and stand in for a set of the hub, such as owt")
     if not kind:
         fail(f"unknown data set {o.name!r}: there are {', '.join(SETS)}, or give a text with --input FILE")
     tokenizer, source = given.get("tokenizer", kind.tokenizer), Path(o.source or o.input).name or kind.path
     if kind.files and tokenizer != kind.tokenizer:
         fail(f"{o.name} has its tokenizer, {kind.tokenizer}: leave --tokenizer={tokenizer} to other texts")
 
-    meta, folder, end = {"tokenizer": tokenizer, "source": source}, Path(o.data_dir) / o.name, []
+    meta, folder = {"tokenizer": tokenizer, "source": source}, Path(o.data_dir) / o.name
     try:
         if kind.files:
             rows = read_rows(o.name, o.source, source)
             blocks = chain([next(rows)], rows)  # what cannot be read fails before anything is touched
-            if kind.letters:
-                meta["vocab"] = list(kind.letters)
-            else:
-                end = [END_OF_TEXT]
         else:
-            text = pydocs() if kind is SETS["pydocs"] else read_text(kind.path)
+            if kind is SETS["pydocs"]:
+                text = pydocs()
+            else:
+                with urlopen(kind.path, timeout=60) if "://" in kind.path else open(kind.path, "rb") as file:
+                    text = file.read().decode()
             if len(text.strip()) < 20:
                 fail(f"{source} is empty or short ({len(text)} characters): it takes 20 to leave some for val and test")
             a, b = int(0.9 * len(text)), int(0.95 * len(text))
             blocks = ("train", [text[:a]]), ("val", [text[a:b]]), ("test", [text[b:]])
-            if tokenizer == "char":
-                meta["vocab"] = sorted(set(text))
-            elif tokenizer == "bpe":
-                meta |= {"vocab": learn_bpe(text[:a], o.vocab_size), "pattern": WORD}
-        write(folder, blocks, meta, end)
+        if tokenizer == "char":
+            meta["vocab"] = list(kind.letters) or sorted(set(text))
+        elif tokenizer == "bpe":
+            meta |= {"vocab": learn_bpe(text[:a], o.vocab_size), "pattern": WORD}
+        write(folder, blocks, meta, [END_OF_TEXT] if kind.files and not kind.letters else [])
     except UnicodeDecodeError as error:
         fail(f"{source} is not UTF-8 text (byte {error.start}): convert it first, as with iconv -t UTF-8")
     except (OSError, ValueError) as error:

@@ -406,7 +406,8 @@ def test_char_data_of_before_is_still_read():
         "dtype": "<u2",
     }
     tokenizer = prepare.Tokenizer(old)
-    assert (tokenizer.encode("éab").tolist(), tokenizer.decode([2, 0, 1]), tokenizer.vocab_size) == ([2, 0, 1], "éab", 3)
+    assert tokenizer.encode("éab").tolist() == [2, 0, 1]
+    assert (tokenizer.decode([2, 0, 1]), tokenizer.vocab_size) == ("éab", 3)
     with pytest.raises(ValueError, match="no character 'c'"):
         tokenizer.encode("abcd")
 
@@ -649,9 +650,9 @@ def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
         ("lm1b --source=noise", ["could not read noise", "magic bytes"]),
         ("text8 --source=good", ["no character 'A'", "27"]),
         ("text8 --source=none", ["none", "no texts"]),
-        ("pydocs --source=good", ["source='good'", "stand in", "owt, text8"]),
-        ("x --source=good", ["source='good'", "stand in", "owt, text8"]),
-        ("lm1b --source=good --input=good/some.txt", ["source='good'", "stand in"]),
+        ("pydocs --source=good", ["source='good'", "set of the hub", "owt"]),
+        ("x --source=good", ["source='good'", "set of the hub", "owt"]),
+        ("lm1b --source=good --input=good/some.txt", ["source='good'", "set of the hub"]),
         ("lm1b --source=good --tokenizer=char", ["lm1b", "gpt2", "--tokenizer=char"]),
         ("text8 --source=good --tokenizer=bpe", ["text8", "char", "--tokenizer=bpe"]),
     ],

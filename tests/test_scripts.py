@@ -329,7 +329,8 @@ def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
     done = call("prepare.py", "some", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path)
     complains(done, "prepare.py", "TIKTOKEN_CACHE_DIR")
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no route")))
-    complains(call("prepare.py", "shakespeare_char", cwd=tmp_path), "prepare.py", "no route", "tinyshakespeare/input.txt")
+    done = call("prepare.py", "shakespeare_char", cwd=tmp_path)
+    complains(done, "prepare.py", "no route", "tinyshakespeare/input.txt")
     assert os.listdir(tmp_path) == ["some.txt"]
 
 
@@ -610,19 +611,19 @@ BAD = {
         ("--steps=many", "steps", "a whole number", "'many'"),
         ("--num_samples=0", "num_samples=0", "at least 1"),
         ("--length=-1", "length=-1"),
-        ("--length=1000001", "at most 1,000,000 tokens", "fewer"),
+        ("--length=1000001", "leave 1000001 to generate", "1 to 1,000,000", "--length"),
         ("--length=99999999999", "length=99999999999", "below"),
         ("--sampler=ddim", "sampler", "tweedie, euler", "'ddim'"),
         ("--prefix=caf\xe9", "no character '\xe9'"),
         ("--suffix=\x07", r"no character '\x07'"),
         ("--infill={3}\u65e5{3}", "no character '\u65e5'"),
-        ("--prefix=aaaa --suffix=bbbb --length=7", "8 tokens", "length 7", "--length"),
-        (f"--prefix={33 * 'a'}", "33 tokens", "length 32"),
-        (f"--prefix={32 * 'a'}", "nothing to generate", "--infill"),
-        ("--infill=nothing", "nothing to generate", "{20}"),
-        ("--infill={0}", "nothing to generate"),
-        ("--infill={1000000}a{1}", "at most 1,000,000 tokens", "fewer"),
-        ("--infill={99999999999}", "at most 1,000,000 tokens", "fewer"),
+        ("--prefix=aaaa --suffix=bbbb --length=7", "8 tokens", "leave -1 to generate", "--length"),
+        (f"--prefix={33 * 'a'}", "33 tokens", "leave -1 to generate"),
+        (f"--prefix={32 * 'a'}", "leave 0 to generate", "--infill"),
+        ("--infill=nothing", "leave 0 to generate", "{20}"),
+        ("--infill={0}", "leave 0 to generate"),
+        ("--infill={1000000}a{1}", "to generate", "1 to 1,000,000"),
+        ("--infill={99999999999}", "to generate", "1 to 1,000,000"),
         ("--infill={3} --prefix=a", "--infill", "--prefix"),
         ("--out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
         ("--out_dir=tiny.py", "tiny.py/ckpt.pt", "no checkpoint"),
