@@ -137,9 +137,8 @@ def main():
     model, meta = load_model(start)
     if meta is None:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
-    for name in ("suffix", "infill", "steps", "sampler") if model.exact else ():
-        if name in explicit:
-            fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{name}")
+    if model.exact and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler"}):
+        fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{min(odd)}")
     tokenizer = Tokenizer(meta)
     try:
         prompt = build_prompt(o, tokenizer, model.config.block_size)

@@ -16,19 +16,19 @@ import termios
 import time
 import unicodedata
 from dataclasses import asdict
-from fcntl import ioctl
 
 import pytest
 import torch
+from fcntl import ioctl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_published import Bomb
-from test_scripts import ROOT, call, complains, works
 
 import prepare
 import sample
 from sedd import GPT, MODELS, SEDD, Absorbing, LogLinearNoise, SEDDConfig
 from sedd import sample as diffuse
+from test_published import Bomb
+from test_scripts import ROOT, call, complains, works
 
 LINE = "\n\n" + "-" * 80 + "\n"  # between two texts
 VOCAB = sorted(set("\n\t abcdefghijklmnopqrstuvwxyz{}0123456789é日"))
