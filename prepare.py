@@ -64,7 +64,7 @@ def learn_bpe(text, vocab_size):
             count(word, -n)
             count(word.replace(best, chr(len(tokens))), n)
         tokens.append("".join(tokens[ord(c)] for c in best))
-    return list(dict.fromkeys(tokens))  # two pairs may have spelled the same
+    return tokens
 
 
 class Tokenizer:
@@ -124,11 +124,9 @@ PTB = [
     (r"\$ 1", "$1"), ("# 1", "#1"), ("<unk>", "?"),
 ]  # fmt: skip
 LM1B = [
-    ("http : / / ", "http://"), ("https : / / ", "https://"), (r" '(\w+)", r"'\1"),
-    (r" (\w+) \. ", r" \1. "), (r" (\w+) \.$", r" \1."),
+    (r"(https?) : / / ", r"\1://"), (r" '(\w+)", r"'\1"), (r" (\w+) \. ", r" \1. "), (r" (\w+) \.$", r" \1."),
     (r" \? ", "? "), (r" \?$", "?"), (" ! ", "! "), (" !$", "!"), *[(f" {mark} ", f"{mark} ") for mark in ",:;"],
-    (" / ", "/"),
-    *[(rf"\{a} ([^\{a}\{b}]+) \{b}", rf"{a}\1{b}") for a, b in ('""', "''", "()", "[]")],
+    (" / ", "/"), *[(rf"\{a} ([^\{a}\{b}]+) \{b}", rf"{a}\1{b}") for a, b in ('""', "''", "()", "[]")],
     (r"\$ ", "$"), ("£ ", "£"),
 ]  # fmt: skip
 LAMBADA = [("[“”]", '"'), (r"(?s)\A\s*(.*?)\s*\Z", r"\n\1")]
@@ -136,16 +134,16 @@ LAMBADA = [("[“”]", '"'), (r"(?s)\A\s*(.*?)\s*\Z", r"\n\1")]
 
 @dataclass
 class Set:
-    """Where a data set is, and what becomes of it. On the hub it is rows, each an example, or else a text."""
+    """Where a data set is, and what becomes of it. A set of the hub is rows, each an example; any other is one text."""
 
     path: str  # on the Hugging Face hub, if there are `files`; else a file or URL
     files: str = ""  # of a split; never a partial-train, which is all that the hub converts of more than 5 GB
-    sizes: tuple = ()  # known, of train, validation and test: in rows, or if by `letters` in these; 0: no such split
+    sizes: tuple = ()  # known rows (of a set by letters: characters) of train, validation and test; 0: no such split
     rules: list = ()
     column: str = "text"
     revision: str = "main"
     tokenizer: str = "gpt2"
-    letters: str = ""  # of a set by characters: its vocabulary; its rows are pieces of one text, without END_OF_TEXT
+    letters: str = ""  # the vocabulary of a set by characters, whose rows are pieces of one text, without END_OF_TEXT
 
 
 # `datasets` no longer runs scripts. Of sets that were scripts the hub keeps an old conversion to parquet: it is pinned
@@ -214,10 +212,10 @@ def read_rows(name, folder, source):
 
 
 def write(folder, blocks, meta, end):
-    """Encode (split, texts) as they come, each text with the tokens `end` behind it. Into `folder`: all, or nothing.
+    """Encode blocks (split, texts) as they come, the tokens `end` after each text, into `folder`: all, or nothing.
 
-    Completes meta. Other files there, such as the text itself, stay. The old data go before the new move in, meta.json
-    first: wherever that stops, what is there belongs to the meta.json that is there.
+    Completes meta. Other files in the folder, such as the text itself, stay. Old data go before the new move in,
+    meta.json first: wherever that stops, all that is there fits the meta.json beside it.
     """
     encoder = Tokenizer(meta)
     end = np.array(end, "<u2" if encoder.vocab_size <= 65535 else "<u4")

@@ -326,7 +326,8 @@ def slow_bpe(text, vocab_size):
                 if (word[i], word[i + 1]) == best:
                     word[i : i + 2] = [tokens[-1]]
                 i += 1
-    return [token.decode("latin-1") for token in dict.fromkeys(tokens)]
+    assert len(set(tokens)) == len(tokens)  # what lies between two ends of tokens was merged in one way
+    return [token.decode("latin-1") for token in tokens]
 
 
 def bpe_meta(text, vocab_size):
