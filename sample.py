@@ -1,6 +1,5 @@
 """Write text with a trained model: python sample.py --steps 128"""
 
-import contextlib
 import glob
 import itertools
 import os
@@ -50,15 +49,13 @@ def build_prompt(o, tokenizer, block_size):
     """One text as a list of int: tokens to keep, and -1 where one is to be generated. ValueError where it cannot be."""
     if o.infill and (o.prefix or o.suffix or o.length):
         raise ValueError("--infill gives the whole text: it goes without --prefix, --suffix and --length")
-    parts = re.split(r"\{(\d+)\}", o.infill)  # text, tokens of a gap, text, ..., text
-    kept = [tokenizer.encode(text) for text in (parts[::2] if o.infill else (o.prefix, o.suffix))]
+    parts = re.split(r"\{(\d+)\}", o.infill) if o.infill else [o.prefix, "", o.suffix]  # text, gap, text, ..., text
+    kept = [tokenizer.encode(text).tolist() for text in parts[::2]]
     size = sum(map(len, kept))
     gaps = [int(number) for number in parts[1::2]] if o.infill else [(o.length or block_size) - size]
-    if sum(gaps) < 1:
-        raise ValueError(f"{size} tokens of the prompt leave nothing to generate in a text of length {size + sum(gaps)}"
-                         ": raise --length, or mark gaps, as in --infill 'A {20} is used to {30}.'")  # fmt: skip
-    if sum(gaps) > LONGEST:
-        raise ValueError(f"at most {LONGEST:,} tokens of a text can be generated: ask for fewer")
+    if not 0 < sum(gaps) <= LONGEST:
+        raise ValueError(f"{size} tokens of the prompt leave {sum(gaps)} to generate, where 1 to {LONGEST:,} can be: "
+                         "change --length, or mark gaps, as in --infill 'A {20} is used to {30}.'")  # fmt: skip
     return kept[0] + [token for gap, text in zip(gaps, kept[1:]) for token in [-1] * gap + text]
 
 
@@ -72,39 +69,23 @@ def pieces_of(prompt, block_size):
     return [slice(i, i + block_size) for i in starts if -1 in prompt[i + half * (i > 0) : i + block_size]]
 
 
-def write(model, prompt, pieces, steps, sampler, show):
+def write(generate, prompt, pieces, show):
     """prompt (B, N) -> tokens (B, N). show(before, step, x) sees each state of a piece, and what stands before it."""
     x = prompt.clone()
     for piece in pieces:
-        x[:, piece] = model.generate(x[:, piece], steps, sampler, partial(show, x[0, : piece.start]))
+        x[:, piece] = generate(x[:, piece], callback=partial(show, x[0, : piece.start]))
     return x
 
 
-@contextlib.contextmanager
-def showing(total, tokenizer, watch):
-    """Gives a `show` for `write`, which moves a bar of `total` steps. The bar is gone when the texts come.
-
-    With `watch`, the first text stands above the bar, a dot for each token still to come, for 6 seconds or more.
-    """
-    look = {"file": sys.stdout, "delay": 1 / 25, "mininterval": 1 / 25} if watch else {"delay": 0.5}
-    with progress(total=total, unit="step", leave=False, **look) as bar:
-
-        def show(before, step, x):
-            drawn = bar.update(step > 0) or bar.n in (0, total)
-            if watch and drawn:
-                tokens = torch.cat([before, x[0]]).tolist()
-                runs = itertools.groupby(tokens, lambda token: 0 <= token < tokenizer.vocab_size)
-                text = "".join(tokenizer.decode(list(run)) if known else "·" * len(list(run)) for known, run in runs)
-                print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text) + "\n\033[999H", end="", flush=True)
-                bar.refresh()
-            if watch:  # a fast model waits for the eye
-                time.sleep(max(0.0, bar.start_t + 6 * bar.n / total - time.time()))
-
-        try:
-            print("\033[?1049h\033[?25l" if watch else "", end="")  # a second screen, without a cursor
-            yield show
-        finally:
-            print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)
+def show(bar, tokenizer, watch, before, step, x):
+    """Move the bar; to watch, print above it the first text so far, a dot for each token that is still to come."""
+    bar.update(step > 0)
+    if watch:
+        runs = itertools.groupby([*before.tolist(), *x[0].tolist()], lambda token: 0 <= token < tokenizer.vocab_size)
+        text = "".join(tokenizer.decode([*run]) if known else "·" * len([*run]) for known, run in runs)
+        print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text) + "\n\033[999H", end="", flush=True)
+        bar.refresh()
+        time.sleep(6 / bar.total)  # a fast model waits for the eye
 
 
 def load_judge(name, device):
@@ -114,13 +95,12 @@ def load_judge(name, device):
     read, the beginning counts. No code from the model's repository runs, and no pickle but plain weights.
     """
     try:
-        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        plain = {"trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **plain)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **plain, output_loading_info=True)
+        utils.logging.set_verbosity_error()
+        utils.logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"no weights for {min(report['missing_keys'])}")
         if len(tokenizer) < model.config.vocab_size / 2:  # where its files are missing, one of no words comes
@@ -157,9 +137,8 @@ def main():
     model, meta = load_model(start)
     if meta is None:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
-    for name in ("suffix", "infill", "steps", "sampler") if model.exact else ():
-        if name in explicit:
-            fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{name}")
+    if model.exact and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler"}):
+        fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{min(odd)}")
     tokenizer = Tokenizer(meta)
     try:
         prompt = build_prompt(o, tokenizer, model.config.block_size)
@@ -172,17 +151,20 @@ def main():
     pieces = pieces_of(prompt, model.config.block_size)
     size = max(1, BATCH // min(len(prompt), model.config.block_size))
     batches = torch.tensor(prompt, device=device).expand(o.num_samples, -1).split(size)
+    generate = partial(model.generate, steps=o.steps, sampler=o.sampler)
     steps = prompt.count(-1) if model.exact else o.steps * len(pieces)
-    written, began = [], time.monotonic()
+    written, began, watch = [], time.monotonic(), o.watch and sys.stdout.isatty()
+    bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, file=sys.stdout if watch else None)
     try:
-        view = showing(steps * len(batches), tokenizer, o.watch and sys.stdout.isatty())
-        with view as show, autocast(device, find_dtype(o.dtype, device)):
+        print("\033[?1049h\033[?25l" if watch else "", end="")  # a second screen, without a cursor
+        with bar, autocast(device, find_dtype(o.dtype, device)):
             for batch in batches:
-                x = write(model, batch, pieces, o.steps, o.sampler, show)
+                x = write(generate, batch, pieces, partial(show, bar, tokenizer, watch))
                 if x.max() >= tokenizer.vocab_size:
                     fail(f"the model in {start!r} has diverged and cannot write: train with a lower --learning_rate")
                 written += x.tolist()
     finally:  # Ctrl-C and errors cost nothing that was written
+        print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)
         texts = [tokenizer.decode(tokens) for tokens in written]
         output = ("\n\n" + "-" * 80 + "\n").join(texts)
         print(UNSAFE.sub("\ufffd", output) if sys.stdout.isatty() else output, end="\n" * bool(texts))

@@ -206,7 +206,7 @@ def training(a, folder, device, out, steps, *args, restarts=0):
     for split, n in sizes.items():
         if not (data / f"{split}.bin").exists():
             np.random.default_rng(n).integers(config["vocab_size"], size=n).astype("<u2").tofile(data / f"{split}.bin")
-    meta = {"tokenizer": "char", "vocab": [" "] * config["vocab_size"], "vocab_size": config["vocab_size"],
+    meta = {"tokenizer": "char", "vocab": [*map(chr, range(config["vocab_size"]))], "vocab_size": config["vocab_size"],
             "source": "dice", "dtype": "<u2", "sizes": sizes}  # fmt: skip
     (data / "meta.json").write_text(json.dumps(meta))
     world = torch.cuda.device_count() if device.type == "cuda" else 2

@@ -326,11 +326,12 @@ def slow_bpe(text, vocab_size):
                 if (word[i], word[i + 1]) == best:
                     word[i : i + 2] = [tokens[-1]]
                 i += 1
-    return list(dict.fromkeys(tokens))
+    assert len(set(tokens)) == len(tokens)  # what lies between two ends of tokens was merged in one way
+    return [token.decode("latin-1") for token in tokens]
 
 
 def bpe_meta(text, vocab_size):
-    vocab = [token.decode("latin-1") for token in prepare.learn_bpe(text, vocab_size)]
+    vocab = prepare.learn_bpe(text, vocab_size)
     return {"tokenizer": "bpe", "vocab_size": len(vocab), "vocab": vocab, "pattern": prepare.WORD}
 
 
@@ -347,15 +348,15 @@ def test_learning_is_the_definition_on_english():
     text = prepare.pydocs()[50_000:54_000]
     tokens = prepare.learn_bpe(text, 400)
     assert tokens == slow_bpe(text, 400)
-    assert len(tokens) == 400 and tokens[:256] == [bytes([byte]) for byte in range(256)]
-    assert b" the" in tokens and not any(b" " in token[1:] for token in tokens if token.strip())
+    assert len(tokens) == 400 and tokens[:256] == [chr(byte) for byte in range(256)]
+    assert " the" in tokens and not any(" " in token[1:] for token in tokens if token.strip(" \n"))
 
 
 def test_learned_words_are_encoded_as_they_were_learned():
     """What tiktoken makes of a text has the pairs that were merged, and none that is seen twice is left unmerged."""
     text = prepare.pydocs()[:20_000]
     tokenizer = prepare.Tokenizer(bpe_meta(text, 2**16))
-    words = [tokenizer.encode(word) for word in regex.findall(prepare.WORD, text)]
+    words = [tokenizer.encode(word).tolist() for word in regex.findall(prepare.WORD, text)]
     assert max(Counter(pair for word in words for pair in pairwise(word)).values()) == 1
 
 
@@ -364,7 +365,7 @@ def test_learned_words_are_encoded_as_they_were_learned():
 def test_any_text_comes_back(text, learned):
     meta = json.loads(json.dumps(bpe_meta(learned, 270)))
     tokenizer = prepare.Tokenizer(meta)
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(text).tolist()
     assert tokenizer.decode(tokens) == text
     assert all(0 <= token < tokenizer.vocab_size == len(meta["vocab"]) for token in tokens)
     assert len(tokens) <= len(text.encode())
@@ -373,22 +374,7 @@ def test_any_text_comes_back(text, learned):
 def test_bytes_that_form_no_character_are_the_replacement_sign():
     tokenizer = prepare.Tokenizer(bpe_meta("", 256))
     assert tokenizer.decode(list("日".encode()[:2]) + [65, 255]) == "\ufffdA\ufffd"
-    assert tokenizer.decode([]) == "" and tokenizer.encode("") == []
-
-
-@given(text=st.text() | st.text(alphabet="ab1é' \n\t\x1c\u3000日's", max_size=60), size=st.integers(1, 20))
-@settings(deadline=None)
-def test_pieces_are_encoded_as_the_text(text, size):
-    found = prepare.pieces(text, size)
-    assert "".join(found) == text
-    for tokenizer in prepare.Tokenizer(bpe_meta("to be or not to be\n\n  it is " * 3, 280)), prepare.Tokenizer(GPT2):
-        assert sum(map(tokenizer.encode, found), []) == tokenizer.encode(text)
-
-
-def test_long_text_is_cut_into_pieces_of_bounded_size():
-    found = prepare.pieces("some words " * 30, 50)
-    assert len(found) >= 6 and max(map(len, found)) <= 50
-    assert prepare.pieces("", 50) == [] and prepare.pieces("x" * 120 + " y", 50) == ["x" * 120 + " y"]
+    assert tokenizer.decode([]) == "" and tokenizer.encode("").tolist() == []
 
 
 def test_bpe_data_is_the_same_on_every_run_and_learned_from_train_alone(tmp_path):
@@ -403,7 +389,7 @@ def test_bpe_data_is_the_same_on_every_run_and_learned_from_train_alone(tmp_path
     assert files(tmp_path / "one") == files(tmp_path / "two")
     (meta, splits), (other, _) = read(tmp_path / "one/mine"), read(tmp_path / "data/mine")
     assert meta["vocab"] == other["vocab"] and meta["vocab_size"] == 400 and meta["pattern"] == prepare.WORD
-    assert [token.encode("latin-1") for token in meta["vocab"]] == prepare.learn_bpe(text[:36_000], 400)
+    assert meta["vocab"] == prepare.learn_bpe(text[:36_000], 400)
     assert (meta["tokenizer"], meta["dtype"]) == ("bpe", "<u2")
     decode = prepare.Tokenizer(meta).decode
     assert "".join(decode(splits[split]) for split in ("train", "val", "test")) == text[:36_000] + ends
@@ -421,7 +407,8 @@ def test_char_data_of_before_is_still_read():
         "dtype": "<u2",
     }
     tokenizer = prepare.Tokenizer(old)
-    assert (tokenizer.encode("éab"), tokenizer.decode([2, 0, 1]), tokenizer.vocab_size) == ([2, 0, 1], "éab", 3)
+    assert tokenizer.encode("éab").tolist() == [2, 0, 1]
+    assert (tokenizer.decode([2, 0, 1]), tokenizer.vocab_size) == ("éab", 3)
     with pytest.raises(ValueError, match="no character 'c'"):
         tokenizer.encode("abcd")
 
@@ -449,19 +436,26 @@ def test_vocab_size_below_the_bytes_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
 def test_text8(kind, tmp_path):
     text = " anarchism originated as a term of abuse first used against early" * 40
-    n = len(text)
-    make(tmp_path / "whole", {"train": [text]}, kind)
-    works(call("prepare.py", "text8", "--source=whole", cwd=tmp_path))
-    meta, splits = read(tmp_path / "data/text8")
     alphabet = " abcdefghijklmnopqrstuvwxyz"
+    parts = {"train": [text[:2000], text[2000:2300]], "validation": [text[2300:2450]], "test": [text[2450:]]}
+    make(tmp_path / "parts", parts, kind)
+    works(call("prepare.py", "text8", "--source=parts", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data/text8")
     assert (meta["tokenizer"], meta["vocab_size"], "".join(meta["vocab"])) == ("char", 27, alphabet)
-    assert meta["bytes"] == meta["sizes"] == {"train": int(0.9 * n), "val": n // 20, "test": n - int(0.95 * n)}
+    assert meta["bytes"] == meta["sizes"] == {"train": 2300, "val": 150, "test": len(text) - 2450}
     assert "".join(alphabet[i] for split in ("train", "val", "test") for i in splits[split]) == text
 
-    a, b = meta["sizes"]["train"], n - meta["sizes"]["test"]
-    make(tmp_path / "parts", {"train": [text[:a]], "validation": [text[a:b]], "test": [text[b:]]}, kind)
-    works(call("prepare.py", "text8", "--source=parts", "--data_dir=again", cwd=tmp_path))
-    assert read(tmp_path / "again/text8")[1] == splits
+
+def test_text8_from_its_one_file_is_cut(tmp_path):
+    text = " the quick brown fox jumps over the lazy dog" * 50
+    n = len(text)
+    (tmp_path / "text8").write_text(text)
+    works(call("prepare.py", "text8", "--input=text8", "--tokenizer=char", cwd=tmp_path))
+    meta, splits = read(tmp_path / "data/text8")
+    assert meta["vocab"] == list(prepare.SETS["text8"].letters)
+    assert meta["bytes"] == meta["sizes"] == {"train": int(0.9 * n), "val": int(0.95 * n) - int(0.9 * n),
+                                              "test": n - int(0.95 * n)}  # fmt: skip
+    assert prepare.Tokenizer(meta).decode(sum((splits[split] for split in ("train", "val", "test")), [])) == text
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe", "gpt2"])
@@ -476,22 +470,12 @@ def test_bytes_of_a_text_of_ones_own(tokenizer, tmp_path):
     assert "".join(decode(splits[split]) for split in ("train", "val", "test")) == text
 
 
-def test_long_text8_is_encoded_in_pieces(tmp_path):
+def test_long_text8_is_encoded(tmp_path):
     text = np.random.default_rng(0).choice(list(" abcdefghijklmnopqrstuvwxyz"), 1_500_000)
     make(tmp_path / "mine", {"test": ["".join(text)]})
     works(call("prepare.py", "text8", "--source=mine", cwd=tmp_path))
     _, splits = read(tmp_path / "data/text8")
     assert "".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in splits["test"]) == "".join(text)
-
-
-@pytest.mark.parametrize("kind", ["parquet", "txt"])
-def test_shakespeare_is_one_text(kind, tmp_path, bpe):
-    play = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
-    make(tmp_path / "mine", {"train": [play * 3], "validation": [play], "test": [play]}, kind)
-    works(call("prepare.py", "shakespeare", "--source=mine", cwd=tmp_path))
-    meta, splits = read(tmp_path / "data/shakespeare")
-    assert splits == {"train": bpe(play * 3), "val": bpe(play), "test": bpe(play)}
-    assert meta["bytes"] == {"train": 3 * len(play), "val": len(play), "test": len(play)}
 
 
 # ------------------------------------------------------------------------------------------------------------- owt
@@ -515,23 +499,14 @@ def test_owt_validates_on_one_document_of_2000(pages):
     import tiktoken
 
     decode = tiktoken.get_encoding("gpt2").decode
-    drawn = []
-    for folder, seed in ("a", 0), ("b", 0), ("c", 1):
-        works(call("prepare.py", "owt", "--source=mine", f"--data_dir={folder}", f"--seed={seed}", cwd=pages))
+    for folder in "a", "b":
+        works(call("prepare.py", "owt", "--source=mine", f"--data_dir={folder}", cwd=pages))
         _, splits = read(pages / folder / "owt")
         train, val = (documents(splits[s], decode) for s in ("train", "val"))
         numbers = [[int(text.split()[1]) for text in texts] for texts in (train, val)]
         assert numbers[0] == sorted(numbers[0]) and sorted(sum(numbers, [])) == list(range(4000))
         assert [i // 2000 for i in numbers[1]] == [0, 1]  # 0.05%, spread over the set
-        drawn.append(numbers[1])
     assert files(pages / "a") == files(pages / "b")
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_workers_leave_no_trace_in_the_files(pages):
-    for workers in 1, 3:
-        works(call("prepare.py", "owt", "--source=mine", f"--data_dir=w{workers}", f"--workers={workers}", cwd=pages))
-    assert files(pages / "w1") == files(pages / "w3")
 
 
 def rss_of_tree(pid):
@@ -598,25 +573,32 @@ def test_full_disk_leaves_the_data_as_it_was(pages, tmp_path):
     with start(tmp_path, "owt", f"--source={pages}/mine", preexec_fn=full) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
-    assert err.splitlines() == ["prepare.py: error: cannot write data/owt: File too large"]
+    assert err.splitlines() == ["prepare.py: error: cannot prepare data/owt from mine: File too large"]
     assert files(tmp_path) == before and os.listdir(tmp_path / "data") == ["owt"]
 
 
-def test_folder_is_no_data_set_while_files_move_in(tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", range(1, 5))
+def test_folder_is_no_data_set_before_all_of_it_is_there(tmp_path, monkeypatch, last):
+    """The old data would be taken for the new: as many tokens of as many kinds."""
     (tmp_path / "some.txt").write_text("some text " * 50)
-    works(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path))
+    (tmp_path / "more.txt").write_text("more text " * 50)
+    works(call("prepare.py", "mine", "--input=some.txt", "--tokenizer=char", cwd=tmp_path))
     replace, calls = os.replace, []
 
-    def stop_at_the_second(*paths):
+    def stop(*paths):
         calls.append(paths)
-        if len(calls) == 2:
+        if len(calls) == last:
             raise OSError(5, "Input/output error")
         replace(*paths)
 
-    monkeypatch.setattr(os, "replace", stop_at_the_second)
-    complains(call("prepare.py", "mine", "--input=some.txt", cwd=tmp_path), "prepare.py", "data/mine", "Input/output")
-    assert len(calls) == 2 and (tmp_path / "data/mine/train.bin").exists() and os.listdir(tmp_path / "data") == ["mine"]
+    monkeypatch.setattr(os, "replace", stop)
+    done = call("prepare.py", "mine", "--input=more.txt", "--tokenizer=char", cwd=tmp_path)
+    complains(done, "prepare.py", "data/mine", "Input/output")
+    assert len(calls) == last and os.listdir(tmp_path / "data") == ["mine"]
+    assert not (tmp_path / "data/mine/train.bin").exists()
     complains(call("train.py", "--dataset=mine", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
+    meta = json.loads((tmp_path / "data/mine/meta.json").read_text())
+    assert meta["source"] == ("some.txt" if last == 1 else "more.txt") or not list(tmp_path.glob("data/mine/*.bin"))
 
 
 def test_splits_that_a_set_lacks_are_gone(tmp_path):
@@ -659,25 +641,27 @@ def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("ptb --source=good", ["good", "column 'sentence'"]),
-        ("lm1b --source=numbers", ["numbers", "column 'text'"]),
-        ("lambada --source=trainonly", ["trainonly", "no split test", "only train"]),
-        ("lm1b --source=nowhere", ["'nowhere'", "not a folder"]),
-        ("lm1b --source=good/test.parquet", ["'good/test.parquet'", "not a folder"]),
+        ("ptb --source=good", ["could not read good", "'sentence'", "'text'"]),
+        ("lm1b --source=numbers", ["could not read numbers", "TypeError", "'int'"]),
+        ("owt --source=nulls", ["could not read nulls", "TypeError", "'NoneType'"]),
+        ("lambada --source=trainonly", ["trainonly", "no texts of test"]),
+        ("lm1b --source=nowhere", ["'nowhere'", "must be a folder"]),
+        ("lm1b --source=good/test.parquet", ["'good/test.parquet'", "must be a folder"]),
         ("lm1b --source=empty", ["could not read empty", "EmptyDatasetError"]),
         ("lm1b --source=noise", ["could not read noise", "magic bytes"]),
         ("text8 --source=good", ["no character 'A'", "27"]),
         ("text8 --source=none", ["none", "no texts"]),
-        ("pydocs --source=good", ["--source", "owt"]),
-        ("x --source=good", ["--source", "owt"]),
-        ("lm1b --source=good --input=good/some.txt", ["--source"]),
-        ("lm1b --source=good --workers=-1", ["workers=-1"]),
+        ("pydocs --source=good", ["source='good'", "set of the hub", "owt"]),
+        ("x --source=good", ["source='good'", "set of the hub", "owt"]),
+        ("lm1b --source=good --input=good/some.txt", ["source='good'", "set of the hub"]),
         ("lm1b --source=good --tokenizer=char", ["lm1b", "gpt2", "--tokenizer=char"]),
+        ("text8 --source=good --tokenizer=bpe", ["text8", "char", "--tokenizer=bpe"]),
     ],
 )
 def test_bad_source_gets_one_line(args, words, tmp_path):
     make(tmp_path / "good", {"test": ["A passage."]})
     make(tmp_path / "numbers", {"test": [1, 2]})
+    make(tmp_path / "nulls", {"train": ["A passage.", None]})
     make(tmp_path / "trainonly", {"train": ["A passage."]})
     make(tmp_path / "none", {"test": [""]})
     (tmp_path / "empty").mkdir()

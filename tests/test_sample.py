@@ -1,6 +1,7 @@
 """sample.py beyond the end-to-end tests of test_scripts.py: all kinds of models, any prompt, a judge, a terminal."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -221,7 +222,8 @@ def test_pieces_join_without_loss(block_size, length):
             continue
         model, seen = Alphabet(11, block_size), []
         pieces = sample.pieces_of(prompt, block_size)
-        x = sample.write(model, torch.tensor([prompt] * 3), pieces, 2, "tweedie", lambda *state: seen.append(state))
+        generate = functools.partial(model.generate, steps=2)
+        x = sample.write(generate, torch.tensor([prompt] * 3), pieces, lambda *state: seen.append(state))
         assert x.tolist() == [[(5 + i) % 11 for i in range(length)]] * 3
         assert [step for _, step, _ in seen] == [0, 1, 2] * len(pieces)
         assert torch.equal(torch.cat([seen[-1][0], seen[-1][2][0]]), x[0])
@@ -563,7 +565,7 @@ def test_watching_needs_a_terminal(home):
 
 
 def test_interrupted_sampling_ends_quietly(home, monkeypatch):
-    def stop(*_):
+    def stop(*_, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sedd.SEDD.generate", stop)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -290,9 +291,9 @@ def test_interrupted_prepare_leaves_the_data_as_it_was(home, tmp_path, monkeypat
     if where == "meta.json":
         monkeypatch.setattr(json, "dumps", mock.Mock(side_effect=trouble))
     else:
-        concatenate = np.concatenate
-        bad = mock.Mock(side_effect=trouble)
-        monkeypatch.setattr(np, "concatenate", lambda arrays: (concatenate if len(arrays[0]) > 500 else bad)(arrays))
+        encode, bad = tiktoken.Encoding.encode_to_numpy, mock.Mock(side_effect=trouble)
+        monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy",
+                            lambda self, text, **options: (encode if len(text) > 500 else bad)(self, text, **options))  # fmt: skip
     for name in "pydocs", "fresh":
         done = call("prepare.py", name, "--input=new.txt", cwd=tmp_path)
         if trouble is FULL:
@@ -328,7 +329,8 @@ def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
     done = call("prepare.py", "some", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path)
     complains(done, "prepare.py", "TIKTOKEN_CACHE_DIR")
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no route")))
-    complains(call("prepare.py", "shakespeare_char", cwd=tmp_path), "prepare.py", "no route", "--input FILE")
+    done = call("prepare.py", "shakespeare_char", cwd=tmp_path)
+    complains(done, "prepare.py", "no route", "tinyshakespeare/input.txt")
     assert os.listdir(tmp_path) == ["some.txt"]
 
 
@@ -601,7 +603,7 @@ BAD = {
         ("x --inputs=short.txt", "'inputs'", "'input'"),
         ("../x --input=short.txt", "'../x'", "plain folder name"),
         (".. --input=short.txt", "'..'", "plain folder name"),
-        ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot write"),
+        ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot prepare"),
     ],
     "sample.py": [
         ("--step=5", "'step'", "'steps'"),
@@ -609,19 +611,19 @@ BAD = {
         ("--steps=many", "steps", "a whole number", "'many'"),
         ("--num_samples=0", "num_samples=0", "at least 1"),
         ("--length=-1", "length=-1"),
-        ("--length=1000001", "at most 1,000,000 tokens", "fewer"),
+        ("--length=1000001", "leave 1000001 to generate", "1 to 1,000,000", "--length"),
         ("--length=99999999999", "length=99999999999", "below"),
         ("--sampler=ddim", "sampler", "tweedie, euler", "'ddim'"),
         ("--prefix=caf\xe9", "no character '\xe9'"),
         ("--suffix=\x07", r"no character '\x07'"),
         ("--infill={3}\u65e5{3}", "no character '\u65e5'"),
-        ("--prefix=aaaa --suffix=bbbb --length=7", "8 tokens", "length 7", "--length"),
-        (f"--prefix={33 * 'a'}", "33 tokens", "length 32"),
-        (f"--prefix={32 * 'a'}", "nothing to generate", "--infill"),
-        ("--infill=nothing", "nothing to generate", "{20}"),
-        ("--infill={0}", "nothing to generate"),
-        ("--infill={1000000}a{1}", "at most 1,000,000 tokens", "fewer"),
-        ("--infill={99999999999}", "at most 1,000,000 tokens", "fewer"),
+        ("--prefix=aaaa --suffix=bbbb --length=7", "8 tokens", "leave -1 to generate", "--length"),
+        (f"--prefix={33 * 'a'}", "33 tokens", "leave -1 to generate"),
+        (f"--prefix={32 * 'a'}", "leave 0 to generate", "--infill"),
+        ("--infill=nothing", "leave 0 to generate", "{20}"),
+        ("--infill={0}", "leave 0 to generate"),
+        ("--infill={1000000}a{1}", "to generate", "1 to 1,000,000"),
+        ("--infill={99999999999}", "to generate", "1 to 1,000,000"),
         ("--infill={3} --prefix=a", "--infill", "--prefix"),
         ("--out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
         ("--out_dir=tiny.py", "tiny.py/ckpt.pt", "no checkpoint"),
