@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from config import Count, Seed, Whole, fail, parse, progress, run
+from config import Amount, Count, Seed, Whole, fail, parse, progress, run
 from prepare import Tokenizer
 from train import autocast, find_device, find_dtype, load_checkpoint, load_model
 
@@ -36,7 +36,9 @@ class Options:
     num_samples: Count = 1  # texts
     # the way to it
     steps: Count = 128  # calls of the network for a piece: more are slower and better
-    sampler: Literal["tweedie", "euler"] = "tweedie"  # how a step uses the scores
+    sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: a call for each token
+    top_p: Amount = 1.0  # draw only from the likeliest tokens, as many as hold this share of the chances
+    eta: Amount = 0.0  # above 0, say 0.05, tokens that are written can change again
     seed: Seed = 1337  # of the draws
     watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
     judge: str = ""  # tell the perplexity of the texts under this language model (gpt2-large)
@@ -137,8 +139,10 @@ def main():
     model, meta = load_model(start)
     if meta is None:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
-    if model.exact and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler"}):
+    if model.exact and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler", "eta"}):
         fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{min(odd)}")
+    if o.sampler == "exact" and "steps" in explicit:
+        fail("sampler='exact' calls the network once for each token: leave out --steps")
     tokenizer = Tokenizer(meta)
     try:
         prompt = build_prompt(o, tokenizer, model.config.block_size)
@@ -151,15 +155,18 @@ def main():
     pieces = pieces_of(prompt, model.config.block_size)
     size = max(1, BATCH // min(len(prompt), model.config.block_size))
     batches = torch.tensor(prompt, device=device).expand(o.num_samples, -1).split(size)
-    generate = partial(model.generate, steps=o.steps, sampler=o.sampler)
-    steps = prompt.count(-1) if model.exact else o.steps * len(pieces)
+    generate = partial(model.generate, steps=o.steps, sampler=o.sampler, top_p=o.top_p, eta=o.eta)
+    steps = prompt.count(-1) if model.exact or o.sampler == "exact" else o.steps * len(pieces)
     written, began, watch = [], time.monotonic(), o.watch and sys.stdout.isatty()
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, file=sys.stdout if watch else None)
     try:
         print("\033[?1049h\033[?25l" if watch else "", end="")  # a second screen, without a cursor
         with bar, autocast(device, find_dtype(o.dtype, device)):
             for batch in batches:
-                x = write(generate, batch, pieces, partial(show, bar, tokenizer, watch))
+                try:
+                    x = write(generate, batch, pieces, partial(show, bar, tokenizer, watch))
+                except ValueError as error:  # options that this model cannot follow
+                    fail(error)
                 if x.max() >= tokenizer.vocab_size:
                     fail(f"the model in {start!r} has diverged and cannot write: train with a lower --learning_rate")
                 written += x.tolist()

@@ -281,6 +281,8 @@ def sample_categorical(probs, top_p=1.0):
     is, and look better for it (arXiv 2409.02908). top_p < 1 cuts the tail off openly: only the likeliest states are
     drawn, as many as it takes to hold this share.
     """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     if top_p < 1:
         likely, y = probs.sort(-1, descending=True)
@@ -380,8 +382,8 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     """
     if steps < 1 or sampler not in ("tweedie", "euler", "exact"):
         raise ValueError(f"steps={steps}, sampler={sampler!r}: there are tweedie, euler and exact, of at least 1 step")
-    if not 0 < top_p <= 1 or eta < 0 or sampler == "exact" and (eta or graph.mask_id is None):
-        raise ValueError(f"top_p={top_p} must be in (0, 1], eta={eta} at least 0; exact takes no eta and needs a MASK")
+    if eta < 0 or sampler == "exact" and (eta or graph.mask_id is None):
+        raise ValueError(f"eta={eta}, sampler={sampler!r}: eta is at least 0; exact has none, and needs a MASK")
     x = graph.sample_prior(*shape, device=device)
     prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:

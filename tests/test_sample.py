@@ -96,7 +96,7 @@ def test_gpt_goes_on_with_a_prefix(home):
     texts = write(home, "--out_dir=causal", "--prefix=once ", "--num_samples=2", "--length=20").split(LINE)
     assert [len(text) for text in texts] == [20, 20] and texts[0] != texts[1]
     assert all(text.startswith("once ") for text in texts)
-    for option in "suffix=a", "infill={3}", "steps=128", "sampler=euler":
+    for option in "suffix=a", "infill={3}", "steps=128", "sampler=euler", "eta=0.1":
         done = call("sample.py", "--out_dir=causal", f"--{option}", cwd=home)
         complains(done, "sample.py", "'causal'", "left to right", "--" + option.split("=")[0])
 
@@ -168,6 +168,9 @@ def test_the_text_and_one_line_of_what_made_it(home):
     assert re.fullmatch(r"2 texts of 33 tokens in .* s: 4 steps of euler, model from uniform\n", done.stderr)
     done = works(call("sample.py", "--out_dir=causal", "--prefix=abc", "--length=5", cwd=home))
     assert re.fullmatch(r"1 text of 5 tokens in .* s: 2 steps of GPT, model from causal\n", done.stderr)
+    done = works(call("sample.py", "--out_dir=score", "--sampler=exact", "--prefix=once", "--length=40", cwd=home))
+    assert re.fullmatch(r"1 text of 40 tokens in .* s: 36 steps of exact, model from score\n", done.stderr)
+    assert done.stdout.startswith("once") and len(done.stdout) == 41
 
 
 # --------------------------------------------------------------------------------------- many texts, and long ones
@@ -207,8 +210,8 @@ class Alphabet:
         log_score = (probs.view(*x.shape, -1) / torch.expm1(sigma.double())[:, None, None]).log()
         return log_score.scatter(-1, x[..., None], 0.0)
 
-    def generate(self, prompt, steps, sampler="tweedie", callback=None):
-        return diffuse(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, callback=callback)
+    def generate(self, prompt, steps, sampler="tweedie", callback=None, **how):
+        return diffuse(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, callback=callback, **how)
 
 
 @pytest.mark.parametrize(
