@@ -44,8 +44,8 @@ class Options:
     parameterization: Literal[tuple(MODELS)] = "score"  # what is learned: SEDD, D3PM, or GPT
     block_size: Count = 128  # tokens in a sequence
     n_layer: Count = 4  # transformer blocks
-    n_head: Count = 3  # attention heads
-    n_embd: Count = 192  # width
+    n_head: Count = 2  # attention heads
+    n_embd: Count = 128  # width
     cond_dim: Count = 64  # width of the embedding of sigma
     dropout: Fraction = 0.0  # on the branches of the blocks
     # optimisation
