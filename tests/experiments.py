@@ -8,7 +8,7 @@ train     every training: for each system the best of three learning rates, chos
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
-samplers  64 samples of three seeds of smaller models, absorbing and uniform, by each sampler, with and without top_p.
+samplers  32 samples of three seeds of smaller models, absorbing and uniform, by each sampler, with and without top_p.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
@@ -262,7 +262,7 @@ def beyond():
 
 def samplers(a):
     judge = load("gpt", SEEDS[1])
-    nothing = torch.full((64, judge.config.block_size), -1)
+    nothing = torch.full((32, judge.config.block_size), -1)
     for seed, run in itertools.product(SEEDS, beyond()):
 
         def sampled():
