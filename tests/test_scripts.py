@@ -543,7 +543,7 @@ BAD = {
         ("misspelt.py", "misspelt.py", "'n_layers'", "'n_layer'"),
         ("mistyped.py", "n_layer", "a whole number", "'two'"),
         ("--dataset=nowhere", "data/nowhere", "not prepared", "python prepare.py nowhere"),
-        ("--dataset=short", "data/short/train.bin", "99 tokens", "fewer than one block", "--block_size="),
+        ("--dataset=short", "data/short/val.bin", "5 tokens", "fewer than one block", "--block_size="),
         ("--dataset=keyless", "data/keyless", "vocab_size", "python prepare.py keyless"),
         ("--dataset=listed", "data/listed", "python prepare.py listed"),
         ("--dataset=odd", "data/odd", "x9", "python prepare.py odd"),

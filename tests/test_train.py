@@ -266,16 +266,17 @@ def test_options_given_at_a_resume_reach_the_optimiser(home):
     assert optimizers["adamw"]["state"][0]["step"] == 21
 
 
-def test_no_checkpoint_before_a_finite_step(home):
-    """It would have no moments to go on with; what lies there stays."""
+def test_a_checkpoint_of_no_finite_step_goes_on(home):
+    """It has no moments yet."""
     meta = json.loads((home / "data/pydocs/meta.json").read_text())
     model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
     model.output_layer.linear.bias.data[0] = 3e38
     model.save_pretrained(home / "infinite")
-    args = ["--init_from=infinite", "--max_steps=3", "--out_dir=never_finite"]
-    done = call("train.py", *args, cwd=home)
-    assert done.returncode == 1 and "step 3 was not saved (no step was finite yet)" in done.stderr
-    assert not (home / "never_finite/ckpt.pt").exists()
+    works(call("train.py", "--init_from=infinite", "--max_steps=3", "--out_dir=never_finite", cwd=home))
+    works(call("train.py", "--init_from=resume", "--max_steps=4", "--out_dir=never_finite", cwd=home))
+    saved = checkpoint(home / "never_finite")
+    assert saved["step"] == 4 and not saved["optimizer"]["adamw"]["state"]
+    assert_same(saved["model"], dict(model.state_dict()))
 
 
 # -------------------------------------------------------------------------------------------------------- signals
@@ -311,17 +312,6 @@ def test_second_sigint_ends_at_once(home):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
-
-
-@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", "2>&1 >/dev/full | head -1"])
-def test_training_does_not_depend_on_its_output(home, shell):
-    """Whoever reads it may leave, or there may be nowhere to write."""
-    out = re.sub(r"\W", "_", shell)
-    line = f"'{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --out_dir={out} --max_steps=6 --eval_interval=1 {shell}"
-    subprocess.run(
-        ["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert checkpoint(home / out)["step"] == 6 and read_log(home / out)[-1]["step"] == 6
 
 
 def test_auto_starts_and_goes_on(home):
@@ -862,16 +852,9 @@ def truth(home):
 
 OTHERS = {
     "another config": lambda saved: saved["config"].update(colour=1),
-    "another option": lambda saved: saved["options"].update(colour=1),
     "no average": lambda saved: saved.pop("ema"),
-    "no step": lambda saved: saved.update(step=None),
     "another width": lambda saved: saved["config"].update(n_embd=64),
     "half a weight": lambda saved: saved["ema"]["vocab_embed.embedding"].resize_(3, 32),
-    "no optimiser": lambda saved: saved["optimizer"].pop("adamw"),
-    "no moments": lambda saved: saved["optimizer"]["adamw"]["state"].clear(),
-    "other moments": lambda saved: saved["optimizer"]["adamw"]["state"][3].update(exp_avg=torch.zeros(5)),
-    "a step before the first": lambda saved: saved.update(step=-5),
-    "not a number": lambda saved: saved["ema"]["output_layer.linear.bias"].fill_(math.nan),
     "no shape": lambda saved: saved["config"].update(n_head=0),
 }  # fmt: skip
 
@@ -881,6 +864,14 @@ def test_checkpoints_of_another_version(home, change):
     put_checkpoint(home, "version", change)
     done = call("train.py", "--init_from=resume", "--out_dir=version", "--max_steps=30", cwd=home)
     complains(done, "train.py", "version/ckpt.pt", "another version")
+
+
+def test_an_option_that_is_gone_is_named(home):
+    """A run could not go on as it was. Its weights can be evaluated, tuned and sampled all the same."""
+    put_checkpoint(home, "renamed", lambda saved: saved["options"].update(colour=1))
+    done = call("train.py", "--init_from=resume", "--out_dir=renamed", "--max_steps=30", cwd=home)
+    complains(done, "train.py", "renamed/ckpt.pt", "unknown option 'colour'")
+    works(call("train.py", "--init_from=renamed", "--eval_only", cwd=home))
 
 
 @fuzz
