@@ -241,10 +241,10 @@ class State:
         named = model.blocks.named_parameters() if o.optimizer == "muon" else []
         matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
         rest = [p for p in model.parameters() if p not in matrices]
-        decay = o.weight_decay
-        self.optimizers = {"adamw": torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=decay, fused=True)}
+        adamw = torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=o.weight_decay, fused=True)
+        self.optimizers = {"adamw": adamw}
         if matrices:
-            self.optimizers["muon"] = Muon([*matrices], 0.0, decay)
+            self.optimizers["muon"] = Muon([*matrices], 0.0, o.weight_decay)
             self.optimizers["muon"].dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
 
     def update(self, lr, ema):
@@ -307,17 +307,16 @@ class Data:
         self.folder, self.splits, self.bytes = folder, {}, {}
         try:
             if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # nanoGPT's, of GPT-2's tokens
-                sizes = {path.stem: path.stat().st_size // 2 for path in folder.glob("*.bin")}
-                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": sizes}
+                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}
             else:
                 self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size = self.meta["vocab_size"]
             for name in [o.eval_split] if o.eval_only else ["train", o.eval_split]:
-                self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
-                if len(self.splits[name]) != self.meta["sizes"][name]:
+                tokens = self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
+                if self.meta.get("sizes", {name: len(tokens)})[name] != len(tokens):
                     raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
                 # of the original text, in a token; 0 where nothing tells
-                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / self.meta["sizes"][name]
+                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / len(tokens)
         except Exception as error:
             why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
             fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
@@ -453,8 +452,7 @@ def catch_signals():
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if RANK == 0:
-            with contextlib.suppress(OSError):  # print could be what the signal has interrupted
-                os.write(2, b"\nstopping after this step\n")
+            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, catch)
@@ -462,17 +460,18 @@ def catch_signals():
 
 
 def open_log(o, start):
-    """out_dir/log.jsonl with its lines up to step `start`, to write on; it is this process's alone until it ends.
+    """A function that adds a dict to log.jsonl as a line, behind the lines up to step `start`.
 
-    A fresh start keeps the checkpoint and the log of an earlier run under other names.
+    The file is this process's alone until it ends. A fresh start keeps the checkpoint and the log of an earlier run
+    under other names.
     """
     out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "a+b", buffering=2**20)  # lines that a full disk does not take wait in this buffer
+    file = open(out / "log.jsonl", "a+b", buffering=2**20)  # where lines wait that a full disk does not take
     try:
         import fcntl
 
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
     except (ImportError, OSError):  # Windows, or a file system that has no locks
@@ -482,20 +481,19 @@ def open_log(o, start):
         (out / f"log.old{n}.jsonl").write_bytes((out / "log.jsonl").read_bytes())
         os.replace(out / "ckpt.pt", out / f"ckpt.old{n}.pt")
         print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old{n}.pt")
-    log.seek(0)
-    steps = [(line, re.match(rb'{"step": (\d+),.*}\n', line)) for line in log]  # none where a line was cut off
-    log.truncate(sum(len(line) for line, step in steps if start and step and int(step[1]) <= start))
+    file.seek(0)
+    steps = [(line, re.match(rb'{"step": (\d+),.*}\n', line)) for line in file]  # none where a line was cut off
+    file.truncate(sum(len(line) for line, step in steps if start and step and int(step[1]) <= start))
+
+    def log(record):
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with contextlib.suppress(OSError):
+            file.write((json.dumps(record) + "\n").encode())
+            file.flush()
+
     if start < o.max_steps:
-        write_line(log, {"step": start, "options": asdict(o)})
+        log({"step": start, "options": asdict(o)})
     return log
-
-
-def write_line(log, record):
-    """Add a line to log.jsonl. What a full disk does not take follows with the next one."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with contextlib.suppress(OSError):
-        log.write((json.dumps(record) + "\n").encode())
-        log.flush()
 
 
 def begin(explicit, store):
@@ -553,7 +551,7 @@ def main():
     device, data = find_device(o.device), Data(o)
     dtype = find_dtype(o.dtype, device)
     if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
-        fail(f"init_from={o.init_from!r} was trained on another vocabulary than {data.folder} has: name its own data set")
+        fail(f"init_from={o.init_from!r} was trained on another vocabulary than {data.folder} has: name its data set")
     try:
         torch.manual_seed(o.seed)
         model = MODELS[o.parameterization](SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE}))
@@ -578,8 +576,9 @@ def main():
         if compiled:
             model.compile()
             torch._dynamo.config.optimize_ddp = False  # it cuts a block in two, but DDP overlaps whole ones as well
-        parallel = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # these are constants
-        network = DistributedDataParallel(model, **parallel) if WORLD > 1 else model
+        network = model
+        if WORLD > 1:  # the buffers are constants
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
               f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
               f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
@@ -633,8 +632,7 @@ def train(o, data, state, network, log, count, device, dtype):
 
         record, last = {}, stop or state.step == o.max_steps
         if state.step % o.log_interval == 0 or last:
-            recent = torch.stack(losses)
-            mean, skipped = recent.nanmean(), int(recent.isnan().sum())
+            mean, skipped = torch.stack(losses).nanmean(), torch.stack(losses).isnan().sum().item()
             if WORLD > 1:
                 dist.all_reduce(mean)
             record = {"loss": mean.item() / WORLD, "norm": norm.item(), "lr": learning_rate(o, step)}
@@ -650,7 +648,7 @@ def train(o, data, state, network, log, count, device, dtype):
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
         bar.update()
         if log and record:
-            write_line(log, {"step": state.step} | record)
+            log({"step": state.step} | record)
         if log and (state.step % o.save_interval == 0 or last):
             saved = state.save(path, o, data.meta)
         if stop:
