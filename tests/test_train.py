@@ -4,6 +4,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -642,6 +643,25 @@ def test_weights_of_one_two_and_four_processes_agree(home):
     for count in 2, 4:
         many = checkpoint(home / f"w{count}")["model"]
         assert max((many[name] - p).abs().max() for name, p in one.items()) < 1e-4
+
+
+def test_dropout_differs_between_processes_and_steps(home):
+    """Each of two processes keeps the masks of its two layers of dropout in two steps: any two agree in half the places."""
+    (home / "masks.py").write_text(WRAPPED % "import torch\n"
+                                             "drop, masks = torch.nn.Dropout.forward, []\n"
+                                             "def forward(self, x):\n"
+                                             "    mask = drop(self, torch.ones_like(x))\n"
+                                             "    if self.training:\n"
+                                             "        masks.append(mask > 0)\n"
+                                             "        torch.save(masks, f'masks{os.environ[\"RANK\"]}.pt')\n"
+                                             "    return x * mask\n"
+                                             "torch.nn.Dropout.forward = forward")  # fmt: skip
+    args = [*TINY, "--dropout=0.5", "--max_steps=2", "--out_dir=masks"]
+    works(run(home / "masks.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    masks = [mask for rank in range(2) for mask in torch.load(home / f"masks{rank}.pt")]
+    assert len(masks) == 8 and {mask.shape for mask in masks} == {(2, L, 32)}
+    for a, b in itertools.combinations(masks, 2):
+        assert 0.4 < (a == b).float().mean() < 0.6
 
 
 def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
