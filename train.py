@@ -303,8 +303,8 @@ class Data:
     """One data set's memory-mapped tokens, cut into blocks."""
 
     def __init__(self, o):
-        folder, self.block_size = Path(o.data_dir) / o.dataset, o.block_size
-        self.folder, self.splits, self.bytes = folder, {}, {}
+        folder = self.folder = Path(o.data_dir) / o.dataset
+        self.block_size, self.splits, self.bytes = o.block_size, {}, {}
         try:
             if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # nanoGPT's, of GPT-2's tokens
                 self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}

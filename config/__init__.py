@@ -38,6 +38,7 @@ def run(main, smaller="a smaller model, or less at a time"):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # which tells torchrun, and shells, of it
     except OSError as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:

@@ -785,8 +785,9 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(home):
         assert all(tensor.isfinite().all() for tensor in checkpoint(home / "wild")["model"].values())
 
 
-@pytest.mark.parametrize("least, most", [(2, 4), (11, 20)], ids=["few", "many, but never ten in a row"])
-def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most):
+@pytest.mark.parametrize("least, most, interval", [(2, 4, 1), (11, 20, 1), (11, 20, 10)],
+                         ids=["few", "many, but never ten in a row", "many, in lines of ten steps"])  # fmt: skip
+def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most, interval):
     """One character has an embedding whose norm overflows: it spoils the steps that see it, and no other."""
     meta = json.loads((home / "data/pydocs/meta.json").read_text())
     o = train.Options(**SIZES, data_dir=str(home / "data"))
@@ -800,17 +801,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most):
     def spoil(saved):
         saved["model"]["vocab_embed.embedding"][token] = 3e38
 
-    put_checkpoint(home, f"spoilt{least}", spoil)
-    args = [
-        "--init_from=resume",
-        f"--out_dir=spoilt{least}",
-        "--max_steps=50",
-        "--save_interval=10",
-        "--log_interval=1",
-    ]
+    out = f"spoilt{least}_{interval}"
+    put_checkpoint(home, out, spoil)
+    args = ["--init_from=resume", f"--out_dir={out}", "--max_steps=50", "--save_interval=10", f"--log_interval={interval}"]
     works(call("train.py", *args, cwd=home))
-    assert checkpoint(home / f"spoilt{least}")["step"] == 50
-    assert ["skipped" in record for record in read_log(home / f"spoilt{least}")] == spoilt
+    assert checkpoint(home / out)["step"] == 50
+    log, skipped = read_log(home / out), [sum(spoilt[i : i + interval]) for i in range(0, 30, interval)]
+    assert [record.get("skipped", 0) for record in log] == skipped
+    assert [record["loss"] is None for record in log] == [count == interval for count in skipped]
 
 
 def test_numbers_that_are_not_finite_are_not_saved(home, capfd):
