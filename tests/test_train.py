@@ -803,8 +803,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most, in
 
     out = f"spoilt{least}_{interval}"
     put_checkpoint(home, out, spoil)
-    args = ["--init_from=resume", f"--out_dir={out}", "--max_steps=50", "--save_interval=10", f"--log_interval={interval}"]
-    works(call("train.py", *args, cwd=home))
+    args = ["--init_from=resume", f"--out_dir={out}", "--max_steps=50", "--save_interval=10"]
+    works(call("train.py", *args, f"--log_interval={interval}", cwd=home))
     assert checkpoint(home / out)["step"] == 50
     log, skipped = read_log(home / out), [sum(spoilt[i : i + interval]) for i in range(0, 30, interval)]
     assert [record.get("skipped", 0) for record in log] == skipped
