@@ -262,14 +262,14 @@ class State:
 
         Returns whether it is saved. If not (a full disk, numbers that are not finite) it says why, and `path` stays.
         """
-        scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
+        scratch = path.with_name(f".{path.name}.partial")
         checkpoint = {
             "step": self.step, "model": self.model.state_dict(), "ema": self.average.state_dict(),
-            "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
         }  # fmt: skip
-        moments = [moment for _, optimizer in optimizers for moment in optimizer.state.values()]
+        moments = [moment for optimizer in self.optimizers.values() for moment in optimizer.state.values()]
         try:
             for part in checkpoint["model"], checkpoint["ema"], *moments:
                 if not all(tensor.isfinite().all() for tensor in part.values()):
@@ -379,12 +379,12 @@ def evaluate(model, data, o, device, dtype, tell=False):
         print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {total:,} blocks of {L} tokens at {o.eval_times} "
               f"times; dropped at the end: {len(tokens) % L:,} tokens that fill no block")  # fmt: skip
     bounds = torch.zeros(len(rows))
-    for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=RANK > 0 or not tell)):
-        if k % WORLD == RANK:
-            torch.manual_seed(mixed_seed(o.seed, k))
-            x0 = data.read(o.eval_split, L * rows[part.numpy()]).to(device)
-            with autocast(device, dtype):
-                bounds[part] = model.nll(x0, o.eval_times).cpu()
+    for k in progress(range(RANK, math.ceil(len(rows) / 16), WORLD), unit="batch", disable=RANK > 0 or not tell):
+        torch.manual_seed(mixed_seed(o.seed, k))
+        part = slice(16 * k, 16 * k + 16)
+        x0 = data.read(o.eval_split, L * rows[part]).to(device)
+        with autocast(device, dtype):
+            bounds[part] = model.nll(x0, o.eval_times).cpu()
     if WORLD > 1:
         dist.all_reduce(bounds)
     bounds = bounds.double() / L
