@@ -177,6 +177,7 @@ def load_checkpoint(path):
         config = SEDDConfig(**checkpoint["config"])
         model = MODELS[config.parameterization](config)
         model.load_state_dict(checkpoint["ema"])
+        check_finite(checkpoint["ema"])
     except Exception as error:  # whatever is wrong with its content
         fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({repr(error)[:200]})")
     return model.eval(), checkpoint
@@ -196,6 +197,11 @@ def load_model(start):
     except (ImportError, ValueError) as error:
         fail(error)
     return model, {"tokenizer": "gpt2", "vocab_size": 50257} if model.config.vocab_size == 50257 else None
+
+
+def check_finite(*parts):
+    if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
+        raise ValueError("its numbers are not all finite")
 
 
 class Muon(torch.optim.Muon):
@@ -271,9 +277,7 @@ class State:
         }  # fmt: skip
         moments = [moment for optimizer in self.optimizers.values() for moment in optimizer.state.values()]
         try:
-            for part in checkpoint["model"], checkpoint["ema"], *moments:
-                if not all(tensor.isfinite().all() for tensor in part.values()):
-                    raise ValueError("its numbers are not all finite")
+            check_finite(checkpoint["model"], checkpoint["ema"], *moments)
             with open(scratch, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
