@@ -3,16 +3,13 @@
 import contextlib
 import copy
 import ctypes
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import sys
 import time
-import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -107,7 +104,7 @@ def find_device(name):
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu":
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # a switch of SDPA on all devices
-        if platform.libc_ver()[0] == "glibc":  # keep freed memory: fetching it anew is a tenth of a large step
+        if sys.platform == "linux":  # keep freed memory: fetching it anew is a tenth of a large step
             for parameter, value in (-4, 0), (-1, 2**31 - 1):  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
                 ctypes.CDLL(None).mallopt(parameter, value)
     return device
@@ -118,8 +115,7 @@ def find_dtype(name, device):
     if name == "auto" and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if name == "auto":
-        avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        name = "bfloat16" if device.type == "cpu" and avx512() else "float32"
+        name = "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
     return getattr(torch, name)
 
 
@@ -149,7 +145,7 @@ def join_processes():
     """
     if "MASTER_ADDR" not in os.environ:
         fail(f"WORLD_SIZE={WORLD}, but nothing tells where the others are: start them with torchrun")
-    store, name = next(dist.rendezvous("env://"))[0], uuid.uuid4().hex
+    store, name = next(dist.rendezvous("env://"))[0], os.urandom(8).hex()
     if RANK == 0:
         while store.add(name, 0) < WORLD - 1:
             for key in (f"name of {rank}" for rank in range(1, WORLD)):
@@ -172,26 +168,18 @@ def mixed_seed(*numbers):
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Whatever is wrong with the content of this checkpoint ends in one line."""
-    try:
-        yield
-    except Exception as error:
-        why = str(error) if type(error) is ValueError else type(error).__name__
-        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({why})")
-
-
 def load_checkpoint(path):
     """The averaged model (on the CPU, in evaluation mode) and the dict that was saved; fails at anything else."""
     if not os.path.isfile(path):  # False for what no file can be called
         fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={Path(path).parent}")
-    with reading(path):
+    try:
         checkpoint = load_weights(path)
         config = SEDDConfig(**checkpoint["config"])
         model = MODELS[config.parameterization](config)
         model.load_state_dict(checkpoint["ema"])
         check_finite(checkpoint["ema"])
+    except Exception as error:  # whatever is wrong with its content
+        fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({repr(error)[:200]})")
     return model.eval(), checkpoint
 
 
@@ -259,10 +247,10 @@ class State:
         named = model.blocks.named_parameters() if o.optimizer == "muon" else []
         matrices = dict.fromkeys(p for name, p in named if p.ndim == 2 and "adaLN" not in name)
         rest = [p for p in model.parameters() if p not in matrices]
-        decay = o.weight_decay
-        self.optimizers = {"adamw": torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=decay, fused=True)}
+        adamw = torch.optim.AdamW(rest, 0.0, (0.9, o.beta2), weight_decay=o.weight_decay, fused=True)
+        self.optimizers = {"adamw": adamw}
         if matrices:
-            self.optimizers["muon"] = Muon([*matrices], 0.0, decay)
+            self.optimizers["muon"] = Muon([*matrices], 0.0, o.weight_decay)
             self.optimizers["muon"].dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
 
     def update(self, lr, ema):
@@ -280,17 +268,15 @@ class State:
 
         Returns whether it is saved. If not (a full disk, numbers that are not finite) it says why, and `path` stays.
         """
-        scratch, optimizers = path.with_name(f".{path.name}.partial"), self.optimizers.items()
+        scratch = path.with_name(f".{path.name}.partial")
         checkpoint = {
             "step": self.step, "model": self.model.state_dict(), "ema": self.average.state_dict(),
-            "optimizer": {name: optimizer.state_dict() for name, optimizer in optimizers},
+            "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "config": asdict(self.model.config), "options": asdict(o), "meta": meta,
         }  # fmt: skip
+        moments = [moment for optimizer in self.optimizers.values() for moment in optimizer.state.values()]
         try:
-            moments = [moment for _, optimizer in optimizers for moment in optimizer.state.values()]
-            if not moments:
-                raise ValueError("no step was finite yet")
             check_finite(checkpoint["model"], checkpoint["ema"], *moments)
             with open(scratch, "wb") as file:
                 torch.save(checkpoint, file)
@@ -309,14 +295,9 @@ class State:
         for name, optimizer in self.optimizers.items():
             # what it remembers, but with the options that were given now
             optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
-            for p in optimizer.param_groups[0]["params"]:
-                if {tensor.shape for tensor in optimizer.state[p].values() if tensor.ndim} != {p.shape}:
-                    raise ValueError("its optimiser is not that of its weights")
-        if checkpoint.get("scaler") and self.scaler.is_enabled():
+        if checkpoint.get("scaler"):  # it was in float16
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step = checkpoint["step"]
-        if self.step < 1:
-            raise ValueError("it is of no step")
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -327,31 +308,31 @@ class Data:
 
     def __init__(self, o):
         folder = self.folder = Path(o.data_dir) / o.dataset
-        self.splits, self.bytes = {}, {}
+        self.block_size, self.splits, self.bytes = o.block_size, {}, {}
         try:
             if (folder / "train.bin").is_file() and not [*folder.glob("meta.*")]:  # nanoGPT's, of GPT-2's tokens
-                sizes = {path.stem: path.stat().st_size // 2 for path in folder.glob("*.bin")}
-                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2", "sizes": sizes}
+                self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}
             else:
                 self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size = self.meta["vocab_size"]
             for name in [o.eval_split] if o.eval_only else ["train", o.eval_split]:
-                self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
-                if len(self.splits[name]) != self.meta["sizes"][name]:
+                tokens = self.splits[name] = np.memmap(folder / f"{name}.bin", self.meta["dtype"], "r")
+                if self.meta.get("sizes", {name: len(tokens)})[name] != len(tokens):
                     raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
                 # of the original text, in a token; 0 where nothing tells
-                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / self.meta["sizes"][name]
+                self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / len(tokens)
         except Exception as error:
             why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
             fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
-        shortest = min(map(len, self.splits.values()))
-        for name, tokens in self.splits.items():
-            if len(tokens) < o.block_size:
-                fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
-                     f"try --block_size={max(1, shortest // 2)}, or a longer text")  # fmt: skip
+        name, tokens = min(self.splits.items(), key=lambda split: len(split[1]))
+        if len(tokens) < o.block_size:
+            fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
+                 f"try --block_size={max(1, len(tokens) // 2)}, or a longer text")  # fmt: skip
 
-    def checked(self, x0):
-        """x0 itself; fails in one line where it has a token that the vocabulary lacks."""
+    def read(self, split, starts):
+        """The blocks (B, L) that begin at starts (B,); fails in one line at a token that the vocabulary lacks."""
+        places = starts[:, None] + np.arange(self.block_size)
+        x0 = torch.from_numpy(self.splits[split][places].astype(np.int64))
         if x0.max() >= self.vocab_size:
             fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
         return x0
@@ -363,14 +344,14 @@ class Data:
         learning is (arXiv 2605.13026). That changes how much each noise level counts in the training loss, which then
         is no bound on the likelihood; `evaluate` always estimates the paper's integral over even times.
         """
-        generator, tokens = torch.Generator().manual_seed(mixed_seed(o.seed, step)), self.splits["train"]
+        generator = torch.Generator().manual_seed(mixed_seed(o.seed, step))
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         t = 1 - (shift + torch.arange(o.batch_size) / o.batch_size) % 1
         if o.times == "logit_normal":
             t = torch.sigmoid(torch.special.ndtri(t.clamp(max=1 - 1e-6)))
         t = (T_MIN + (1 - T_MIN) * t).float()
-        starts = torch.randint(len(tokens) - o.block_size + 1, (o.batch_size, 1), generator=generator)
-        x0 = self.checked(torch.from_numpy(tokens[starts.numpy() + np.arange(o.block_size)].astype(np.int64)))
+        choices = len(self.splits["train"]) - o.block_size + 1
+        x0 = self.read("train", torch.randint(choices, (o.batch_size,), generator=generator).numpy())
         return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
 
 
@@ -380,11 +361,11 @@ def micro_batches(data, o, step, model, device, count):
     It is every WORLD-th sequence, and a micro-batch every count-th of these. As the times are spread over the batch,
     each has its part of every noise level, and none of them more work than the others.
     """
-    places = [slice(RANK + i * WORLD, None, count * WORLD) for i in range(count)]
-    batch = data.batch(o, step, model)
+    share = [tensor[RANK::WORLD] for tensor in data.batch(o, step, model)]
+    parts = [[tensor[i::count] for tensor in share] for i in range(count)]
     if device.type == "cuda":
-        return [[tensor[place].contiguous().pin_memory() for tensor in batch] for place in places]
-    return [[tensor[place] for tensor in batch] for place in places]
+        parts = [[tensor.contiguous().pin_memory() for tensor in part] for part in parts]
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -396,18 +377,18 @@ def evaluate(model, data, o, device, dtype, tell=False):
     Sequences, times and noise are the same at every call and for every number of processes.
     """
     tokens, L = data.splits[o.eval_split], o.block_size
-    blocks = tokens[: len(tokens) // L * L].reshape(-1, L)
-    rows = np.unique(np.linspace(0, len(blocks) - 1, o.eval_sequences or len(blocks)).astype(int))
+    total = len(tokens) // L
+    rows = np.unique(np.linspace(0, total - 1, o.eval_sequences or total).astype(int))
     if tell:
-        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {len(blocks):,} blocks of {L} tokens at {o.eval_times} "
-              f"times; dropped at the end: {len(tokens) - blocks.size:,} tokens that fill no block")  # fmt: skip
+        print(f"{data.folder}, {o.eval_split}: {len(rows):,} of {total:,} blocks of {L} tokens at {o.eval_times} "
+              f"times; dropped at the end: {len(tokens) % L:,} tokens that fill no block")  # fmt: skip
     bounds = torch.zeros(len(rows))
-    for k, part in enumerate(progress(torch.arange(len(rows)).split(16), unit="batch", disable=not tell)):
-        if k % WORLD == RANK:
-            torch.manual_seed(mixed_seed(o.seed, k))
-            x0 = data.checked(torch.from_numpy(blocks[rows[part.numpy()]].astype(np.int64))).to(device)
-            with autocast(device, dtype):
-                bounds[part] = model.nll(x0, o.eval_times).cpu()
+    for k in progress(range(RANK, math.ceil(len(rows) / 16), WORLD), unit="batch", disable=RANK > 0 or not tell):
+        torch.manual_seed(mixed_seed(o.seed, k))
+        part = slice(16 * k, 16 * k + 16)
+        x0 = data.read(o.eval_split, L * rows[part]).to(device)
+        with autocast(device, dtype):
+            bounds[part] = model.nll(x0, o.eval_times).cpu()
     if WORLD > 1:
         dist.all_reduce(bounds)
     bounds = bounds.double() / L
@@ -452,17 +433,17 @@ def speed(o, model, seconds, device, dtype):
 
     mfu is the share of the card's peak, where it is known. Only such operations count as a step cannot do without.
     """
-    tokens, c, peak = o.batch_size * o.block_size, model.config, None
+    tokens, c = o.batch_size * o.block_size, model.config
     told = {"ms": round(1000 * seconds, 1), "tokens_per_s": round(tokens / seconds)}
     if device.type == "cuda":
         told["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
         name = torch.cuda.get_device_name(device)
         peak = next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
-    if peak and dtype != torch.float32:
-        trunk = sum(p.numel() for name, p in model.blocks.named_parameters() if "adaLN" not in name)
-        head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.exact else 1)
-        work = tokens * (6 * (trunk + head) + 12 * c.n_layer * c.n_embd * c.block_size)
-        told["mfu"] = round(work / seconds / WORLD / peak, 3)
+        if peak and dtype != torch.float32:
+            trunk = sum(p.numel() for name, p in model.blocks.named_parameters() if "adaLN" not in name)
+            head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.exact else 1)
+            work = tokens * (6 * (trunk + head) + 12 * c.n_layer * c.n_embd * c.block_size)
+            told["mfu"] = round(work / seconds / WORLD / peak, 3)
     return told
 
 
@@ -475,52 +456,48 @@ def catch_signals():
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if RANK == 0:
-            with contextlib.suppress(OSError):  # print could be what the signal has interrupted
-                os.write(2, b"\nstopping after this step\n")
+            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, catch)
     return caught
 
 
-class Log:
-    """log.jsonl, with its lines up to step `start`; it is this process's alone until it ends.
+def open_log(o, start):
+    """A function that adds a dict to log.jsonl as a line, behind the lines up to step `start`.
 
-    A fresh start keeps the checkpoint and the log of an earlier run under other names.
+    The file is this process's alone until it ends. A fresh start keeps the checkpoint and the log of an earlier run
+    under other names.
     """
+    out = Path(o.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "log.jsonl", "a+b", buffering=2**20)  # where lines wait that a full disk does not take
+    try:
+        import fcntl
 
-    def __init__(self, o, start):
-        out, self.pending = Path(o.out_dir), b""
-        out.mkdir(parents=True, exist_ok=True)
-        self.file = open(out / "log.jsonl", "a+b", buffering=0)
-        try:
-            import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
+    except (ImportError, OSError):  # Windows, or a file system that has no locks
+        pass
+    if not start and (out / "ckpt.pt").is_file():
+        n = next(n for n in ["", *range(2, 10**6)] if not (out / f"ckpt.old{n}.pt").exists())
+        (out / f"log.old{n}.jsonl").write_bytes((out / "log.jsonl").read_bytes())
+        os.replace(out / "ckpt.pt", out / f"ckpt.old{n}.pt")
+        print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old{n}.pt")
+    file.seek(0)
+    steps = [(line, re.match(rb'{"step": (\d+),.*}\n', line)) for line in file]  # none where a line was cut off
+    file.truncate(sum(len(line) for line, step in steps if start and step and int(step[1]) <= start))
 
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another training is writing to out_dir={o.out_dir!r}: wait for its end, or name another --out_dir")
-        except (ImportError, OSError):  # Windows, or a file system that has no locks
-            pass
-        self.file.seek(0)
-        content, end = self.file.read(), 0
-        if not start and (out / "ckpt.pt").is_file():
-            n = next(n for n in itertools.chain([""], itertools.count(2)) if not (out / f"ckpt.old{n}.pt").exists())
-            (out / f"log.old{n}.jsonl").write_bytes(content)
-            os.replace(out / "ckpt.pt", out / f"ckpt.old{n}.pt")
-            print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old{n}.pt")
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off
-            for line in content.split(b"\n")[:-1] if start else []:
-                if json.loads(line)["step"] > start:
-                    break
-                end += len(line) + 1
-        self.file.truncate(end)
-
-    def write(self, record):
-        """Add a line. What a full disk does not take follows with the next one."""
+    def log(record):
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.pending += (json.dumps(record) + "\n").encode()
         with contextlib.suppress(OSError):
-            self.pending = self.pending[self.file.write(self.pending) :]
+            file.write((json.dumps(record) + "\n").encode())
+            file.flush()
+
+    if start < o.max_steps:
+        log({"step": start, "options": asdict(o)})
+    return log
 
 
 def begin(explicit, store):
@@ -538,11 +515,12 @@ def begin(explicit, store):
     found = torch.tensor(o.init_from == "resume" or look and path.is_file())
     if WORLD > 1:
         dist.broadcast(found, 0)
+    source = path if found else o.init_from
     if found:
         model, checkpoint = load_checkpoint(path)
-        with reading(path):
-            kept, meta = checkpoint["options"] | {"init_from": "resume", "out_dir": o.out_dir}, checkpoint["meta"]
-            Options(**kept)
+        words = [f"--{name}={value}" for name, value in checkpoint["options"].items()]
+        kept = parse(Options, argv=words, source=f"{path}: ") | {"init_from": "resume", "out_dir": o.out_dir}
+        meta = checkpoint["meta"]
     elif o.init_from in ("scratch", "auto"):
         return o, None, {}, None
     elif "/" not in o.init_from and not os.path.isdir(o.init_from):
@@ -552,13 +530,9 @@ def begin(explicit, store):
     else:
         model, meta = load_model(o.init_from)
     kept |= {name: getattr(model.config, name) for name in SHAPE}
-    source = path if found else o.init_from
     for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
         if explicit.get(name, kept[name]) != kept[name]:
-            fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: leave --{name} out, "
-                 f"or say --{name}={kept[name]}")  # fmt: skip
-    if meta is None:
-        print(f"warning: nothing tells the vocabulary of {source}: it is taken for that of the data", file=sys.stderr)
+            fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: say --{name}={kept[name]}")
     return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
 
 
@@ -575,12 +549,13 @@ def count_micro_batches(o):
 def main():
     explicit = parse(Options)
     store = join_processes() if WORLD > 1 else None
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     o, trained, meta, checkpoint = begin(explicit, store)
-    count, device = count_micro_batches(o), find_device(o.device)
-    dtype, data, path = find_dtype(o.dtype, device), Data(o), Path(o.out_dir) / "ckpt.pt"
+    device, data = find_device(o.device), Data(o)
+    dtype = find_dtype(o.dtype, device)
     if any(data.meta.get(name) != value for name, value in meta.items() if name not in OF_THE_FILES):
-        fail(f"{path if checkpoint else o.init_from} was trained on another vocabulary than {data.folder} has: "
-             "name the data set that it was trained on")  # fmt: skip
+        fail(f"init_from={o.init_from!r} was trained on another vocabulary than {data.folder} has: name its data set")
     try:
         torch.manual_seed(o.seed)
         model = MODELS[o.parameterization](SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE}))
@@ -590,17 +565,15 @@ def main():
         model.load_state_dict(trained.state_dict())
     model.to(device)
     if o.eval_only:
-        bound, error = evaluate(model.eval(), data, o, device, dtype, tell=RANK == 0)
-        if RANK == 0:
-            name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
-            print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
+        bound, error = evaluate(model.eval(), data, o, device, dtype, tell=True)
+        name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
+        print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
         status = 0
     else:
-        state = State(model, o, dtype)
+        count, state = count_micro_batches(o), State(model, o, dtype)
         if checkpoint:
-            with reading(path):
-                state.load(checkpoint)
-        log = Log(o, state.step) if RANK == 0 else None
+            state.load(checkpoint)
+        log = open_log(o, state.step) if RANK == 0 else None
         if log and store:
             store.set("begun", "")
         compiled = o.compile == "True" or o.compile == "auto" and o.max_steps >= 500 and can_compile(device)
@@ -608,15 +581,12 @@ def main():
             model.compile()
             torch._dynamo.config.optimize_ddp = False  # it cuts a block in two, but DDP overlaps whole ones as well
         network = model
-        if WORLD > 1:
-            # the buffers are constants, which need not be sent around
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, dict(model.named_buffers()))
-            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if log:
-            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
-                  f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
-                  f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
-                  f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
+        if WORLD > 1:  # the buffers are constants
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
+              f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
+              f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
+              f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
         status = train(o, data, state, network, log, count, device, dtype)
     if WORLD > 1:
         dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
@@ -629,10 +599,8 @@ def train(o, data, state, network, log, count, device, dtype):
     model, scaler, path, tokenizer = state.model.train(), state.scaler, Path(o.out_dir) / "ckpt.pt", None
     with contextlib.suppress(OSError):  # GPT-2's BPE files are not to be had: then no text is shown
         tokenizer = Tokenizer(data.meta)
-    if log and state.step < o.max_steps:
-        log.write({"step": state.step, "options": asdict(o)})
     bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
-    losses, seconds, skipped, in_a_row, stop, saved, caught = [], 0.0, 0, 0, 0, True, catch_signals()
+    losses, seconds, in_a_row, stop, saved, caught = [], 0.0, 0, 0, True, catch_signals()
     batch = micro_batches(data, o, state.step, model, device, count)
     for step in range(state.step, o.max_steps):
         began = time.perf_counter()
@@ -656,43 +624,41 @@ def train(o, data, state, network, log, count, device, dtype):
         bad, stop = flags.tolist()
         if not bad:
             state.update(learning_rate(o, step), o.ema)
-            losses.append(loss)
         model.zero_grad()
         # float16 begins with a scale that is too large, and steps are left out while it comes down
         in_a_row = in_a_row + (scaler.get_scale() <= 1) if bad else 0
-        scaler.update()
-        skipped, state.step = skipped + bad, step + 1
         if in_a_row == 10:
             give_up(o, step)
+        scaler.update()
+        state.step = step + 1
+        losses.append(loss * math.nan if bad else loss)
         seconds += time.perf_counter() - began
 
         record, last = {}, stop or state.step == o.max_steps
         if state.step % o.log_interval == 0 or last:
-            mean = torch.stack(losses).mean() if losses else torch.full((), math.nan, device=device)
+            mean, skipped = torch.stack(losses).nanmean(), torch.stack(losses).isnan().sum().item()
             if WORLD > 1:
                 dist.all_reduce(mean)
             record = {"loss": mean.item() / WORLD, "norm": norm.item(), "lr": learning_rate(o, step)}
-            record |= speed(o, model, seconds / (len(losses) + skipped), device, dtype)
+            record |= speed(o, model, seconds / len(losses), device, dtype)
             record |= {"skipped": skipped} if skipped else {}
             bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
-            losses, seconds, skipped = [], 0.0, 0
+            losses, seconds = [], 0.0
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
             bound, error = evaluate(state.average, data, o, device, dtype)
             record |= {f"{o.eval_split}_{'nll' if model.exact else 'bound'}": bound, f"{o.eval_split}_error": error}
-            if log:
-                told = describe(model, bound, error, data.bytes[o.eval_split])
-                bar.write(f"step {state.step}: {o.eval_split} {told}")
+            bar.write(f"step {state.step}: {o.eval_split} {describe(model, bound, error, data.bytes[o.eval_split])}")
             if log and tokenizer:
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
         bar.update()
         if log and record:
-            log.write({"step": state.step} | record)
+            log({"step": state.step} | record)
         if log and (state.step % o.save_interval == 0 or last):
             saved = state.save(path, o, data.meta)
         if stop:
             break
     bar.close()
-    if log and saved:
+    if saved:
         print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
                             if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
     return 128 + stop if stop else int(not saved)
@@ -709,23 +675,5 @@ def give_up(o, step):
     sys.exit(1)
 
 
-class Output:
-    """A stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            self.stream = open(os.devnull, "w")
-
-
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     run(main, "a smaller --micro_batch_size, --block_size or model")

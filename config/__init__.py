@@ -1,6 +1,7 @@
 """What the scripts share: options (dataclass defaults < config files < --key=value), errors of one line, a bar."""
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import os
@@ -37,8 +38,9 @@ def run(main, smaller="a smaller model, or less at a time"):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # which tells torchrun, and shells, of it
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+        fail(error)
     except (MemoryError, RuntimeError) as error:
         if type(error) is not MemoryError and "allocate" not in str(error):  # the word of NumPy, the CPU and CUDA
             raise
@@ -57,12 +59,9 @@ def convert(name, kind, text):
     if get_origin(kind) is Annotated:
         number, least, limit = get_args(kind)
         wanted = f"{'a whole number' if number is int else 'a number'}, at least {least} and below {limit}"
-        try:
-            text = number(text)
-            if least <= text < limit:  # nan is in no order with anything
-                return text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            if least <= number(text) < limit:  # nan is in no order with anything
+                return number(text)
     else:
         choices = {str(choice): choice for choice in get_args(kind) or (True, False)}
         wanted = f"one of {', '.join(choices)}"

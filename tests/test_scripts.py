@@ -229,6 +229,14 @@ def test_a_terminal_without_unicode_stops_nothing(home):
     assert sampled.stdout[:2] == "??" and len(sampled.stdout) == 10
 
 
+@pytest.mark.parametrize("script", ["train.py --max_steps=1 --out_dir=unread", "sample.py --steps=1"])
+def test_nobody_reads_the_output(home, script):
+    """A script ends without a word, and not as if all were well: torchrun would wait for the other processes."""
+    line = f"'{sys.executable}' '{ROOT}'/{script} {' '.join(TINY) if 'train' in script else ''} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 141 and "rror" not in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------- prepare
 
 
@@ -555,7 +563,7 @@ BAD = {
         ("misspelt.py", "misspelt.py", "'n_layers'", "'n_layer'"),
         ("mistyped.py", "n_layer", "a whole number", "'two'"),
         ("--dataset=nowhere", "data/nowhere", "not prepared", "python prepare.py nowhere"),
-        ("--dataset=short", "data/short/train.bin", "99 tokens", "fewer than one block", "--block_size="),
+        ("--dataset=short", "data/short/val.bin", "5 tokens", "fewer than one block", "--block_size="),
         ("--dataset=keyless", "data/keyless", "vocab_size", "python prepare.py keyless"),
         ("--dataset=listed", "data/listed", "python prepare.py listed"),
         ("--dataset=odd", "data/odd", "x9", "python prepare.py odd"),
