@@ -456,7 +456,8 @@ def catch_signals():
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun hands on what the terminal has sent already
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if RANK == 0:
-            os.write(2, b"\nstopping after this step\n")  # print could be what the signal has interrupted
+            with contextlib.suppress(OSError):  # print could be what the signal has interrupted
+                os.write(2, b"\nstopping after this step\n")
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, catch)
@@ -675,5 +676,23 @@ def give_up(o, step):
     sys.exit(1)
 
 
+class Output:
+    """A stream that goes quiet when it cannot be written any more: no training ends because of what it says."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     run(main, "a smaller --micro_batch_size, --block_size or model")

@@ -40,7 +40,7 @@ def run(main, smaller="a smaller model, or less at a time"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # which tells torchrun, and shells, of it
     except OSError as error:
-        fail(error)
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except (MemoryError, RuntimeError) as error:
         if type(error) is not MemoryError and "allocate" not in str(error):  # the word of NumPy, the CPU and CUDA
             raise

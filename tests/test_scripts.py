@@ -229,10 +229,9 @@ def test_a_terminal_without_unicode_stops_nothing(home):
     assert sampled.stdout[:2] == "??" and len(sampled.stdout) == 10
 
 
-@pytest.mark.parametrize("script", ["train.py --max_steps=1 --out_dir=unread", "sample.py --steps=1"])
-def test_nobody_reads_the_output(home, script):
-    """A script ends without a word, and not as if all were well: torchrun would wait for the other processes."""
-    line = f"'{sys.executable}' '{ROOT}'/{script} {' '.join(TINY) if 'train' in script else ''} | true; exit ${{PIPESTATUS[0]}}"
+def test_nobody_reads_the_text(home):
+    """sample.py ends without a word, with the status that shells know of such an end."""
+    line = f"'{sys.executable}' '{ROOT}'/sample.py --steps=1 | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, text=True, timeout=120)
     assert done.returncode == 141 and "rror" not in done.stderr
 

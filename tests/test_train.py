@@ -315,6 +315,17 @@ def test_second_sigint_ends_at_once(home):
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
 
 
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", "2>&1 >/dev/full | head -1"])
+def test_training_does_not_depend_on_its_output(home, shell):
+    """Whoever reads it may leave, or there may be nowhere to write."""
+    out = re.sub(r"\W", "_", shell)
+    line = f"'{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --out_dir={out} --max_steps=6 --eval_interval=1 {shell}"
+    subprocess.run(
+        ["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert checkpoint(home / out)["step"] == 6 and read_log(home / out)[-1]["step"] == 6
+
+
 def test_auto_starts_and_goes_on(home):
     args = [*TINY, "--decay_lr=none", "--save_interval=2"]
     works(call("train.py", *args, "--max_steps=6", "--out_dir=straight", cwd=home))
