@@ -21,6 +21,7 @@ and sigma. x_T is x at t = 1, and p_base the distribution from which the chain i
 ratio that it should be. Losses and bounds are in nats.
 """
 
+import itertools
 import json
 import math
 import os
@@ -278,16 +279,15 @@ def sample_categorical(probs, top_p=1.0):
     """Exact draws from probs (..., S), normalised or not -> (...), by inverting the running sum in float64.
 
     The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model
-    is, and look better for it (arXiv 2409.02908). top_p < 1 cuts the tail off openly: only the likeliest states are
-    drawn, as many as it takes to hold this share.
+    is, and look better for it (arXiv 2409.02908). top_p < 1 does so openly: it draws only from the likeliest
+    states, as many as hold this share, and at least from one.
     """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     if top_p < 1:
         likely, y = probs.sort(-1, descending=True)
         before = likely.cumsum(-1) - likely
-        probs = torch.zeros_like(probs).scatter(-1, y, likely * (before < top_p * likely.sum(-1, keepdim=True)))
+        kept = (before < top_p * likely.sum(-1, keepdim=True)) | (before == 0)
+        probs = torch.zeros_like(probs).scatter(-1, y, likely * kept)
     running = probs.double().cumsum(-1)
     u = torch.rand(running.shape[:-1], dtype=torch.float64, device=running.device) * running[..., -1]
     return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
@@ -299,12 +299,12 @@ def scores_at(model, x, sigma):
 
 
 def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
-    """The states x (B, L) from noise to text, `steps` after the first; `free` (B, L) are the places to write at."""
-    shape, x, free, size = x.shape, x.flatten(), free.flatten(), SCORES_AT_A_TIME[x.device.type] // graph.num_states
+    """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step."""
+    size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)  # places at a time
+    shape, x, free = x.shape, x.flatten(), free.flatten()
     sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
     sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
     for step in range(steps):
-        yield x.view(shape)
         rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
         fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
         if len(rows):
@@ -325,21 +325,17 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
                 return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
 
             # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
-            weights = []
-            for part in rows.split(max(1, size)):
-                stay, jumps = chances(part)
-                weights.append(torch.stack([stay, jumps.sum(-1)], -1))
+            weights = [torch.stack([stay, jumps.sum(-1)], -1) for stay, jumps in map(chances, rows.split(size))]
             jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
-            for part in rows[jumping].split(max(1, size)):
-                jumps = jumps[jumping] if len(weights) == 1 else chances(part)[1]
-                x = x.scatter(0, part, sample_categorical(jumps, top_p))
+            for part in rows[jumping].split(size):
+                x = x.scatter(0, part, sample_categorical(chances(part)[1], top_p))
         if fresh is not None:
             x = torch.where(fresh, graph.sample_transition(x, torch.tensor(after, device=x.device)), x)
-    yield x.view(shape)
+        yield x.view(shape)
 
 
 def first_hitting(model, graph, noise, x, top_p):
-    """The states x (B, L) of the absorbing chain in continuous time: each call of the model turns one MASK to a token.
+    """The states that follow x (B, L) in continuous time: each call of the model turns one MASK into a token.
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
     m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
@@ -347,14 +343,12 @@ def first_hitting(model, graph, noise, x, top_p):
     exact ones do: such a sum makes a token of a Tweedie step appear sooner or later, and has no effect here.
     """
     m, end = (-torch.expm1(-noise(torch.full((len(x), 1), t, dtype=torch.float64))[0]) for t in (1.0, 0.0))
-    yield x
     while (masked := x == graph.mask_id).any():
         u, n = torch.rand(len(x), 1, dtype=torch.float64), masked.sum(-1, keepdim=True).cpu()
         m = torch.maximum(m * u ** (1 / n.clamp(min=1)), end)  # at the end of the noise all the rest appears
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
         now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
-        rows = now.flatten().nonzero()[:, 0]
-        log_score = scores_at(model, x, -torch.log1p(-m[:, 0]).float().to(x.device))(rows)
+        log_score = scores_at(model, x, -torch.log1p(-m[:, 0]).float().to(x.device))(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
         yield x
 
@@ -367,30 +361,29 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     `tweedie` and `euler` call the model at most `steps` times. Given the true scores `tweedie` is optimal among the
     steps that move each position independently, and exact for a single position; `euler` is tau-leaping. Both end with
     `denoise_probs`. (Under the absorbing graph with log-linear noise they are the same for any scores, for
-    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact`, for the absorbing graph, is first_hitting: it takes no
-    steps, but a call for each token.
+    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact`, for graphs with MASK, is first_hitting.
 
     prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
     a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
     graph they do not, however small the steps: a kept token is taken for one that may be noisy.
 
-    top_p < 1 does not change whether a token jumps, but it then jumps only to the likeliest states, as many as hold
-    this share of the chances. eta > 0 lets a token change once more after it is written: a position takes, instead of
-    a step to noise sigma', a fresh draw of x0 noised up to sigma', with chance eta / (1 - e^-sigma') or 1, whichever is
-    less (arXiv 2503.00307). With exact scores the marginal of a position stays what it is.
-    callback(step, x), if given, sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
+    top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
+    once more after it is written: instead of a step to noise sigma', a position takes, with chance
+    min(1, eta / (1 - e^-sigma')), a fresh draw of x0 noised up to sigma' (arXiv 2503.00307). With exact scores the
+    marginal of a position stays what it is. callback(step, x), if given, sees each state from the prior (step 0) to the
+    last. ValueError at a wrong argument.
     """
-    if steps < 1 or sampler not in ("tweedie", "euler", "exact"):
-        raise ValueError(f"steps={steps}, sampler={sampler!r}: there are tweedie, euler and exact, of at least 1 step")
-    if eta < 0 or sampler == "exact" and (eta or graph.mask_id is None):
-        raise ValueError(f"eta={eta}, sampler={sampler!r}: eta is at least 0; exact has none, and needs a MASK")
+    known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)
+    if steps < 1 or sampler not in known:
+        raise ValueError(f"steps={steps} must be at least 1, sampler={sampler!r} of {known} (exact: with MASK, no eta)")
     x = graph.sample_prior(*shape, device=device)
     prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
         raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
     free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
-    states = steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta)
-    for step, x in enumerate(first_hitting(model, graph, noise, x, top_p) if sampler == "exact" else states):
+    states = (first_hitting(model, graph, noise, x, top_p) if sampler == "exact" else
+              steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
+    for step, x in enumerate(itertools.chain([x], states)):
         if callback:
             callback(step, x)
     return x
@@ -468,7 +461,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
 
-    causal = False
+    causal = False  # whether a position sees only those before it
 
     def __init__(self, config):
         super().__init__()
@@ -509,8 +502,6 @@ class SEDD(Transformer):
 
     `loss`, `nll` and `generate` are diffusion_loss, nll_bound and sample for this model. The scripts know no others.
     """
-
-    exact = False  # nll is a bound
 
     def forward(self, x, sigma, x0=None):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
@@ -618,7 +609,7 @@ class GPT(Transformer):
     Before the first token stands MASK, and so the graph has to be the absorbing one.
     """
 
-    causal, exact = True, True  # its nll is no bound
+    causal = True  # so that its nll is exact, and no bound
 
     def logits(self, x):
         """x (B, L), its first token MASK -> logits of the next tokens (B, L, V)."""

@@ -396,7 +396,7 @@ def evaluate(model, data, o, device, dtype, tell=False):
 
 
 def describe(model, bound, error, bytes_per_token):
-    name, at_most = ("nll", "") if model.exact else ("bound", "≤ ")
+    name, at_most = ("nll", "") if model.causal else ("bound", "≤ ")
     text = f"{name} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}{math.exp(min(bound, 700)):.2f}"
     return text + (f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else "")
 
@@ -441,7 +441,7 @@ def speed(o, model, seconds, device, dtype):
         peak = next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
         if peak and dtype != torch.float32:
             trunk = sum(p.numel() for name, p in model.blocks.named_parameters() if "adaLN" not in name)
-            head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.exact else 1)
+            head = model.output_layer.linear.weight.numel() * (0.5 if c.graph == "absorb" and not model.causal else 1)
             work = tokens * (6 * (trunk + head) + 12 * c.n_layer * c.n_embd * c.block_size)
             told["mfu"] = round(work / seconds / WORLD / peak, 3)
     return told
@@ -647,7 +647,7 @@ def train(o, data, state, network, log, count, device, dtype):
             losses, seconds = [], 0.0
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
             bound, error = evaluate(state.average, data, o, device, dtype)
-            record |= {f"{o.eval_split}_{'nll' if model.exact else 'bound'}": bound, f"{o.eval_split}_error": error}
+            record |= {f"{o.eval_split}_{'nll' if model.causal else 'bound'}": bound, f"{o.eval_split}_error": error}
             bar.write(f"step {state.step}: {o.eval_split} {describe(model, bound, error, data.bytes[o.eval_split])}")
             if log and tokenizer:
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))

@@ -148,6 +148,8 @@ def test_a_sampling_step_waits_twice(graph, name, sampler, rows, monkeypatch):
 
     with waiting, Fetching(waiting):
         model.generate(torch.full((B, L), -1), 5, sampler, callback)
+    schedule, steps[1] = steps[1][:2], steps[1][2:]
+    assert schedule == ["tolist"] * 2  # sigma and its rate, which are on the host, once
     assert steps[1:] == [["nonzero"] * 2] * 5
 
 

@@ -553,8 +553,7 @@ def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((2, 9), 1)),
-                                   dict(prompt=torch.full((2, 16), 11)), dict(top_p=0.0), dict(top_p=1.5),
-                                   dict(eta=-0.1), dict(eta=0.1, sampler="exact")])  # fmt: skip
+                                   dict(prompt=torch.full((2, 16), 11)), dict(eta=0.1, sampler="exact")])  # fmt: skip
 def test_sample_refuses_what_it_cannot_do(wrong):
     model = random_model("absorb")
     with pytest.raises(ValueError, match=next(iter(wrong))):

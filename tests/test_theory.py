@@ -596,14 +596,14 @@ def test_top_p_cuts_the_tail_of_the_exact_sampler():
     assert len(counts) == 2 and (counts[0] - N * 5 / 8) ** 2 / (N * 15 / 64) < chi2.isf(1e-6, 1)
 
 
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.0, 0.05, 0.5, 0.9, 0.999])
 def test_the_tail_is_cut_off_where_the_others_hold_top_p(top_p):
     """By its definition, on plain lists; then Pearson's chi-square of 200,000 draws, false alarm 1e-6."""
     torch.manual_seed(0)
     p = torch.rand(40).double() ** 4
     kept, share = [], 0.0
     for chance, y in sorted(((chance, y) for y, chance in enumerate((p / p.sum()).tolist())), reverse=True):
-        if share < top_p:
+        if share < top_p or not kept:
             kept.append(y)
             share += chance
     counts = torch.bincount(sample_categorical(p.expand(200_000, -1), top_p), minlength=40)
