@@ -634,7 +634,7 @@ BAD = {
         ("--sampler=exact --steps=5", "'exact'", "leave out --steps"),
         ("--sampler=exact --eta=0.1", "'exact'", "no eta"),
         ("--top_p=-1", "top_p='-1'", "at least 0"),
-        ("--eta=-1", "eta=-1", "at least 0"),
+        ("--eta=-1", "eta='-1'", "at least 0"),
         ("--prefix=caf\xe9", "no character '\xe9'"),
         ("--suffix=\x07", r"no character '\x07'"),
         ("--infill={3}\u65e5{3}", "no character '\u65e5'"),
