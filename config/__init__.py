@@ -60,8 +60,9 @@ def convert(name, kind, text):
         number, least, limit = get_args(kind)
         wanted = f"{'a whole number' if number is int else 'a number'}, at least {least} and below {limit}"
         with contextlib.suppress(ValueError):
-            if least <= number(text) < limit:  # nan is in no order with anything
-                return number(text)
+            text = number(text)
+            if least <= text < limit:  # nan is in no order with anything
+                return text
     else:
         choices = {str(choice): choice for choice in get_args(kind) or (True, False)}
         wanted = f"one of {', '.join(choices)}"
