@@ -46,9 +46,8 @@ RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 1000, 200
 DIFFUSION, CALLS = ("absorb", "uniform", "d3pm"), (8, 16, 32, 64, 128, 256, 512)
 # Under the absorbing graph and log-linear noise the samplers are one: tests/test_theory.py.
 SAMPLED = [("absorb", "tweedie"), ("uniform", "tweedie"), ("uniform", "euler"), ("d3pm", "tweedie")]
-# Beyond the paper: (system, sampler, eta), calls of the network, top_p. `exact` makes a call for each token.
-BEYOND = [("absorb", "tweedie", 0.0), ("absorb", "tweedie", 0.05), ("absorb", "exact", 0.0),
-          ("uniform", "tweedie", 0.0), ("uniform", "tweedie", 0.05)]  # fmt: skip
+# Beyond the paper: system and sampler, calls of the network, top_p. `exact` makes a call for each token.
+BEYOND = [("absorb", "tweedie"), ("absorb", "exact"), ("uniform", "tweedie")]
 BEYOND_CALLS, TOP_P = (16, 64), (1.0, 0.9)
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
@@ -255,9 +254,9 @@ def quality(a):
 
 def beyond():
     """The runs of `samplers`, but for their seed."""
-    for (name, sampler, eta), top_p in itertools.product(BEYOND, TOP_P):
+    for (name, sampler), top_p in itertools.product(BEYOND, TOP_P):
         for steps in BEYOND_CALLS if sampler == "tweedie" else [128]:
-            yield {"system": name, "sampler": sampler, "eta": eta, "top_p": top_p, "steps": steps}
+            yield {"system": name, "sampler": sampler, "top_p": top_p, "steps": steps}
 
 
 def samplers(a):
@@ -268,7 +267,7 @@ def samplers(a):
         def sampled():
             model = load(run["system"], seed, True)
             torch.manual_seed(0)
-            x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"], eta=run["eta"])
+            x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"])
             return judged(judge, x) | {"entropy": entropy(x)}
 
         measured("samplers.jsonl", run | {"model": model_of(run["system"], seed, True)}, sampled)
@@ -308,6 +307,25 @@ COLOURS = {"absorb": "C0", "uniform": "C1", "d3pm": "C2", "gpt": "black"}
 
 def title_of(name, sampler):
     return TITLES[name] + (f", {sampler.title()}" if (name, "euler") in SAMPLED else "")
+
+
+def draw_samplers(plt, save):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    runs = across_seeds()
+    for (name, sampler), top_p in itertools.product(BEYOND, TOP_P):
+        kind = {"system": name, "sampler": sampler, "top_p": top_p}
+        mine = [run for run in runs if kind.items() <= run.items()]
+        axes[int(name == "uniform")].errorbar(
+            [run["steps"] for run in mine], [run["perplexity"] for run in mine], [run["spread"] for run in mine],
+            color="C0" if sampler == "tweedie" else "C2", ls="-" if top_p == 1 else ":", marker=".",
+            capsize=2, label=beyond_title(sampler, top_p))  # fmt: skip
+    for name, axis in zip(("absorb", "uniform"), axes):
+        axis.set(xscale="log", ylim=(0, None), xlabel="network calls", title=TITLES[name])
+        axis.set_xticks([16, 64, 128], [16, 64, 128], minor=False)
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("perplexity under a GPT")
+    save(figure, "samplers.svg")
 
 
 def draw(a):
@@ -352,21 +370,7 @@ def draw(a):
     axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "quality.svg")
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    runs = across_seeds()
-    for (name, sampler, eta), top_p in itertools.product(BEYOND, TOP_P):
-        kind = {"system": name, "sampler": sampler, "eta": eta, "top_p": top_p}
-        mine = [run for run in runs if kind.items() <= run.items()]
-        axes[name == "uniform"].errorbar(
-            [run["steps"] for run in mine], [run["perplexity"] for run in mine], [run["spread"] for run in mine],
-            color="C3" if eta else "C0" if sampler == "tweedie" else "C2", ls="-" if top_p == 1 else ":", marker=".",
-            capsize=2, label=beyond_title(sampler, eta, top_p))  # fmt: skip
-    for name, axis in zip(("absorb", "uniform"), axes):
-        axis.set(xscale="log", yscale="log", xlabel="network calls", title=TITLES[name])
-        axis.set_xticks([16, 64, 128], [16, 64, 128])
-        axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("perplexity under a GPT")
-    save(figure, "samplers.svg")
+    draw_samplers(plt, save)
 
     rows, length = 21, 56
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
@@ -392,8 +396,8 @@ def draw(a):
     save(figure, "writing.png")
 
 
-def beyond_title(sampler, eta, top_p):
-    return sampler + (f", eta {eta:g}" if eta else "") + (f", top_p {top_p:g}" if top_p < 1 else "")
+def beyond_title(sampler, top_p):
+    return sampler + (f", top_p {top_p:g}" if top_p < 1 else "")
 
 
 def across_seeds():
@@ -445,7 +449,7 @@ def tables(a):
         table([name, *(f"{n} calls" for n in CALLS)], rows)
         print("\n" + "; ".join(f"{title}: {number(r, name, digits)}" for title, r in ends.items() if name in r))
 
-    rows = [[TITLES[r["system"]], beyond_title(r["sampler"], r["eta"], r["top_p"]), r["steps"],
+    rows = [[TITLES[r["system"]], beyond_title(r["sampler"], r["top_p"]), r["steps"],
              f"{r['perplexity']:.1f} ± {r['spread']:.1f}", f"{r['entropy']:.2f}", r["seeds"]]
             for r in across_seeds()]  # fmt: skip
     if rows:
