@@ -323,7 +323,7 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p):
             # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
             weights = [torch.stack([stay, jumps.sum(-1)], -1) for stay, jumps in map(chances, rows.split(size))]
             jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
-            for part in rows[jumping].split(size):
+            for part in rows[jumping].split(size) if len(jumping) else ():
                 x = x.scatter(0, part, sample_categorical(chances(part)[1], top_p))
         yield x.view(shape)
 
