@@ -36,7 +36,7 @@ class Options:
     num_samples: Count = 1  # texts
     # the way to it
     steps: Count = 128  # calls of the network for a piece: more are slower and better
-    sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: a call for each token
+    sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: one by one
     top_p: Amount = 1.0  # draw only from the likeliest tokens, as many as hold this share of the chances (0: one)
     seed: Seed = 1337  # of the draws
     watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
