@@ -49,8 +49,7 @@ def run(main, smaller="a smaller model, or less at a time"):
 
 def progress(*args, **options):
     """A tqdm bar; where nobody watches it move, as in a log file, with a line each half minute."""
-    seconds = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(*args, **{"dynamic_ncols": True, "mininterval": seconds, "miniters": 1} | options)
+    return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30} | options)
 
 
 def convert(name, kind, text):
