@@ -311,19 +311,16 @@ def title_of(name, sampler):
 
 def draw_samplers(plt, save):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    runs = across_seeds()
-    for (name, sampler), top_p in itertools.product(BEYOND, TOP_P):
-        kind = {"system": name, "sampler": sampler, "top_p": top_p}
-        mine = [run for run in runs if kind.items() <= run.items()]
-        axes[int(name == "uniform")].errorbar(
-            [run["steps"] for run in mine], [run["perplexity"] for run in mine], [run["spread"] for run in mine],
-            color="C0" if sampler == "tweedie" else "C2", ls="-" if top_p == 1 else ":", marker=".",
-            capsize=2, label=beyond_title(sampler, top_p))  # fmt: skip
+    for (name, title), mine in itertools.groupby(across_seeds(), lambda run: (run["system"], beyond_title(run))):
+        steps, perplexities, spreads = zip(*((run["steps"], run["perplexity"], run["spread"]) for run in mine))
+        colour = "C3" if "remasked" in title else "C2" if "exact" in title else "C0"
+        axes[int(name == "uniform")].errorbar(steps, perplexities, spreads, color=colour, marker=".", capsize=2,
+                                              ls=":" if "top_p" in title else "-", label=title)  # fmt: skip
     for name, axis in zip(("absorb", "uniform"), axes):
         axis.set(xscale="log", ylim=(0, None), xlabel="network calls", title=TITLES[name])
         axis.set_xticks([16, 64, 128], [16, 64, 128], minor=False)
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
     axes[0].set_ylabel("perplexity under a GPT")
     save(figure, "samplers.svg")
 
@@ -396,14 +393,19 @@ def draw(a):
     save(figure, "writing.png")
 
 
-def beyond_title(sampler, top_p):
-    return sampler + (f", top_p {top_p:g}" if top_p < 1 else "")
+def beyond_title(run):
+    sampler = f"remasked, eta {run['eta']:g}" if "eta" in run else run["sampler"]
+    return sampler + (f", top_p {run['top_p']:g}" if run["top_p"] < 1 else "")
 
 
 def across_seeds():
-    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds."""
-    lines, runs = measurements("samplers.jsonl"), []
-    for run in beyond():
+    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds.
+
+    Those with remasking were made with code that showed no gain and has been taken out.
+    """
+    remasked, runs = [run | {"eta": 0.05} for run in beyond() if run["sampler"] == "tweedie"], []
+    for run in sorted([*beyond(), *remasked], key=lambda run: run["system"]):
+        lines = measurements("remasking.jsonl" if "eta" in run else "samplers.jsonl")
         mine = [line for line in lines if run.items() <= line.items()]
         if len(mine) > 1:
             found = [line["perplexity"] for line in mine]
@@ -449,7 +451,7 @@ def tables(a):
         table([name, *(f"{n} calls" for n in CALLS)], rows)
         print("\n" + "; ".join(f"{title}: {number(r, name, digits)}" for title, r in ends.items() if name in r))
 
-    rows = [[TITLES[r["system"]], beyond_title(r["sampler"], r["top_p"]), r["steps"],
+    rows = [[TITLES[r["system"]], beyond_title(r), r["steps"],
              f"{r['perplexity']:.1f} ± {r['spread']:.1f}", f"{r['entropy']:.2f}", r["seeds"]]
             for r in across_seeds()]  # fmt: skip
     if rows:
