@@ -169,7 +169,6 @@ def main():
                 if x.max() >= tokenizer.vocab_size:
                     fail(f"the model in {start!r} has diverged and cannot write: train with a lower --learning_rate")
                 written += x.tolist()
-            bar.refresh()  # full, before it goes
     finally:  # Ctrl-C and errors cost nothing that was written
         print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)
         texts = [tokenizer.decode(tokens) for tokens in written]
