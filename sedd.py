@@ -342,7 +342,8 @@ def first_hitting(model, graph, noise, x, top_p):
         m = torch.maximum(m * u ** (1 / n.clamp(min=1)), end)  # at the end of the noise all the rest appears
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
         now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
-        log_score = scores_at(model, x, -torch.log1p(-m[:, 0]).float().to(x.device))(now.flatten().nonzero()[:, 0])
+        sigma = -torch.log1p(-m[:, 0]).float().to(x.device)
+        log_score = scores_at(model, x, sigma)(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
         yield x
 
@@ -354,7 +355,7 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     `tweedie` and `euler` call the model at most `steps` times. Given the true scores `tweedie` is optimal among the
     steps that move each position independently, and exact for a single position; `euler` is tau-leaping. Both end with
     `denoise_probs`. (Under the absorbing graph with log-linear noise they are the same for any scores, for
-    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact`, for graphs with MASK, is first_hitting.
+    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting, without steps.
 
     prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
     a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
@@ -467,7 +468,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
         D = d // config.n_head
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2, device="cpu") / D), persistent=False)
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
 
     def trunk(self, x, sigma):
         """x (B, L), sigma (B,) -> features (B, L, n_embd), before the vocabulary head output_layer.linear."""
@@ -560,8 +561,9 @@ class SEDD(Transformer):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
     def generate(self, prompt, steps, sampler="tweedie", callback=None, top_p=1.0):
-        to = prompt.shape, steps, sampler, prompt, prompt.device, callback, top_p
-        return sample(self, self.graph, self.noise, *to)
+        return sample(
+            self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback, top_p
+        )
 
 
 MODELS = {"score": SEDD}
@@ -684,9 +686,10 @@ def from_pretrained(path_or_hub_id):
         if config.n_layer > len(weights):
             raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
         inv_freq = weights.pop("rotary_emb.inv_freq", None)
-        with torch.device("meta"):  # a wrong config can ask for more memory than there is
-            model = SEDD(config).eval()
-        model.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
+        with torch.device("meta"):  # shapes first: a wrong config can ask for more memory than there is
+            SEDD(config).load_state_dict(weights, assign=True)
+        model = SEDD(config).eval()
+        model.load_state_dict(weights)
         if inv_freq is not None and not torch.allclose(inv_freq, model.inv_freq):
             raise ValueError("rotary positions of other frequencies")
         return model

@@ -310,6 +310,7 @@ def title_of(name, sampler):
 
 
 def draw_samplers(plt, save):
+    """Perplexity against calls of `samplers`: a panel for each graph, a line for each way to sample."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for (name, title), mine in itertools.groupby(across_seeds(), lambda run: (run["system"], beyond_title(run))):
         steps, perplexities, spreads = zip(*((run["steps"], run["perplexity"], run["spread"]) for run in mine))
