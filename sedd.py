@@ -145,16 +145,16 @@ class Graph:
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
         p_x = a * (x == x0) + hit * pi_x
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
-        c = (hit / p_x)[..., None]
-        r = c * pi  # at every y but x0
-        K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
+        clean, c = y == x0[..., None], (hit / p_x)[..., None]
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
-        entropy = torch.where(y == x0[..., None], 0.0, log_score.exp() - r * log_s + K).sum(-1)
+        # At every y but x0 r is c pi, and r log s - K(r) = c (pi (log s + 1 - log c) - pi log pi).
+        entropy = log_score.exp() - c * (pi * (log_s + (1 - c.log())) - torch.xlogy(pi, pi))
+        entropy = torch.where(clean, 0.0, entropy).sum(-1)
 
         # At x0 r can be so large that the three terms cancel all their digits. With d = log s - log r they are
         # r (e^d - 1 - d): never negative, and zero at s = r. (To gather log s would split the compiled kernel.)
         r = (a + hit * pi_x0) / p_x
-        d = torch.where(y == x0[..., None], log_score, 0.0).sum(-1) - r.log()
+        d = torch.where(clean, log_score, 0.0).sum(-1) - r.log()
         return pi_x * (entropy + r * (torch.expm1(d) - d))
 
     def reverse_rate(self, score, x):
@@ -467,14 +467,14 @@ class Transformer(nn.Module):
         for layer in self.output_layer.linear, *(part.adaLN_modulation for part in (self.output_layer, *self.blocks)):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
-        D = d // config.n_head
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D), persistent=False)
+        D, self.rotary_emb = d // config.n_head, nn.Module()
+        self.rotary_emb.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D))
 
     def trunk(self, x, sigma):
         """x (B, L), sigma (B,) -> features (B, L, n_embd), before the vocabulary head output_layer.linear."""
         angles = sigma[:, None].float() * 10000.0 ** (-torch.arange(128, device=x.device) / 128)
         c = F.silu(self.sigma_map.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.inv_freq
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.rotary_emb.inv_freq
         cos, sin = angles.cos(), angles.sin()
         h = F.embedding(x, self.vocab_embed.embedding)
         for block in self.blocks:
@@ -638,11 +638,22 @@ MODELS |= {"mean": D3PM, "causal": GPT}
 
 # ------------------------------------------------------------------------------------------------------
 # 7. Published weights: a folder, or a repository of the Hugging Face hub, with the authors' config.json and
-# model.safetensors or pytorch_model.bin. The parameters above bear their names.
+# model.safetensors or pytorch_model.bin. The tensors above bear their names.
 
 CONFIG, SAFE, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
 SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hidden_size": "n_embd",
          "cond_dim": "cond_dim", "dropout": "dropout"}  # fmt: skip  # their names: ours
+
+
+def published_form(config):
+    """The authors' config.json for a SEDDConfig, as a dict."""
+    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
+    return {
+        "tokens": config.vocab_size,
+        "graph": {"type": config.graph, "file": "data", "report_all": False},
+        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
+    }
 
 
 def load_weights(path):
@@ -666,14 +677,12 @@ def from_pretrained(path_or_hub_id):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG, SAFE, BIN]))
-        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        shape, noise = published["model"], published["noise"]
-        config = SEDDConfig(published["tokens"], graph=published["graph"]["type"], noise=noise["type"],
-                            **{ours: shape[theirs] for theirs, ours in SHAPE.items()})  # fmt: skip
-        if shape["scale_by_sigma"] is not (config.graph == "absorb"):
-            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']!r} under the {config.graph} graph")
-        if config.noise == "geometric" and (noise["sigma_min"], noise["sigma_max"]) != (1e-4, 20):
-            raise ValueError("geometric noise, but not from 1e-4 to 20")
+        theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        shape = {ours: theirs["model"][key] for key, ours in SHAPE.items()}
+        config = SEDDConfig(theirs["tokens"], graph=theirs["graph"]["type"], noise=theirs["noise"]["type"], **shape)
+        for part, key in ("model", "scale_by_sigma"), ("noise", "sigma_min"), ("noise", "sigma_max"):
+            if theirs[part][key] != (here := published_form(config)[part][key]):
+                raise ValueError(f"{key} is {theirs[part][key]!r}, and for {config.graph}, {config.noise} only {here}")
         if (folder / SAFE).is_file():
             from safetensors.torch import load_file
 
@@ -685,14 +694,10 @@ def from_pretrained(path_or_hub_id):
                 raise ValueError(f"{key} does not hold finite real numbers")
         if config.n_layer > len(weights):
             raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
-        inv_freq = weights.pop("rotary_emb.inv_freq", None)
-        with torch.device("meta"):  # shapes first: a wrong config can ask for more memory than there is
-            SEDD(config).load_state_dict(weights, assign=True)
-        model = SEDD(config).eval()
-        model.load_state_dict(weights)
-        if inv_freq is not None and not torch.allclose(inv_freq, model.inv_freq):
-            raise ValueError("rotary positions of other frequencies")
-        return model
+        with torch.device("meta"):  # without memory, of which a wrong config can ask for any amount
+            model = SEDD(config)
+        model.load_state_dict(weights, assign=True)
+        return model.float().eval()
     except ImportError as error:
         raise ImportError(f"{name!r} needs more packages: pip install -e '.[hub]'") from error
     except Exception as error:  # every layer, from the hub to the tensors, raises its own kind; `from` keeps it
@@ -706,18 +711,9 @@ def save_pretrained(model, folder):
     ValueError at a baseline, for which the format has no place. Other files in the folder stay. While the finished
     files move in there is no config.json, so that nobody can read half a model.
     """
-    config, folder = model.config, Path(folder)
-    if config.parameterization != "score":
-        raise ValueError(f"the published format has no place for parameterization={config.parameterization!r}")
-    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
-    published = {
-        "tokens": config.vocab_size,
-        "graph": {"type": config.graph, "file": "data", "report_all": False},
-        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
-        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
-    }
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    weights["rotary_emb.inv_freq"] = model.inv_freq.cpu()
+    folder = Path(folder)
+    if (kind := model.config.parameterization) != "score":
+        raise ValueError(f"the published format has no place for parameterization={kind!r}")
     try:
         from safetensors.torch import save_file as save
 
@@ -726,8 +722,8 @@ def save_pretrained(model, folder):
         save, file, other = torch.save, BIN, SAFE
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save(weights, Path(scratch, file))
-        Path(scratch, CONFIG).write_text(json.dumps(published, indent=2), encoding="utf-8")
+        save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, Path(scratch, file))
+        Path(scratch, CONFIG).write_text(json.dumps(published_form(model.config), indent=2), encoding="utf-8")
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(Path(scratch, file), folder / file)
         (folder / other).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ train     every training: for each system the best of three learning rates, chos
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
-samplers  32 samples of three seeds of smaller models, absorbing and uniform, by each sampler, with and without top_p.
+samplers  32 samples of each of three seeds, absorbing and uniform, by each sampler, with and without top_p.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
@@ -48,7 +48,7 @@ DIFFUSION, CALLS = ("absorb", "uniform", "d3pm"), (8, 16, 32, 64, 128, 256, 512)
 SAMPLED = [("absorb", "tweedie"), ("uniform", "tweedie"), ("uniform", "euler"), ("d3pm", "tweedie")]
 # Beyond the paper: system and sampler, calls of the network, top_p. `exact` makes a call for each token.
 BEYOND = [("absorb", "tweedie"), ("absorb", "exact"), ("uniform", "tweedie")]
-BEYOND_CALLS, TOP_P = (16, 64), (1.0, 0.9)
+BEYOND_CALLS, TOP_P = (16, 64, 256), (1.0, 0.9)
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
 
@@ -62,8 +62,8 @@ def data(split, dataset="shakespeare_char"):
 # -------------------------------------------------------------------------------------------------- training
 
 
-def name_of(system, rate, seed, steps, dataset="shakespeare_char", width=192):
-    return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}" + (f"-{width}" if width != 192 else "")
+def name_of(system, rate, seed, steps, dataset="shakespeare_char"):
+    return f"{dataset}-{'-'.join(system)}-{rate:g}-seed{seed}-{steps}"
 
 
 def read(path):
@@ -84,10 +84,10 @@ def log_of(*run):
     return read(f"{name_of(*run)}.jsonl")
 
 
-def run_training(system, rate, seed, steps, dataset="shakespeare_char", width=192, weights=False):
+def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=False):
     """Train, and test if it is no search for a learning rate, unless there is a log, and, if asked for, the weights."""
     name, times = system
-    run = system, rate, seed, steps, dataset, width
+    run = system, rate, seed, steps, dataset
     out = WEIGHTS / name_of(*run)
     if log_of(*run) and not (weights and unfinished(out, steps)):
         return
@@ -96,8 +96,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", width=19
         sys.exit(f"experiments.py: data/{dataset} is not there by characters, as all bounds of these tables are: "
                  f"python prepare.py {dataset} --tokenizer=char")  # fmt: skip
     options = dict(dataset=dataset, data_dir=ROOT / "data", out_dir=out, learning_rate=rate, seed=seed, times=times,
-                   max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto",
-                   n_embd=width, n_head=width // 64)  # fmt: skip
+                   max_steps=steps, warmup_steps=min(100, steps // 8), init_from="auto")  # fmt: skip
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train.py", ROOT / "config" / f"{name}.py"]
     done = subprocess.run([*command, *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True)
@@ -173,10 +172,10 @@ def train(a):
 # --------------------------------------------------------------------------------- samples, judged by another GPT
 
 
-def run_of(name, seed=SEEDS[0], small=False):
-    """What trains a system with its winning times and rate. The small ones are for `samplers`."""
+def run_of(name, seed=SEEDS[0]):
+    """What trains a system with its winning times and rate."""
     system = best_times(name)
-    return system, best_rate(system), seed, *((700, "shakespeare_char", 128) if small else (STEPS,))
+    return system, best_rate(system), seed, STEPS
 
 
 def model_of(*which):
@@ -223,7 +222,7 @@ def measured(path, key, measure):
 
 def measurements(path):
     """The lines of a file of results that are of the models and the judge which the trainings chose."""
-    models = {None, *(model_of(*which) for which in itertools.product(TITLES, SEEDS, (False, True)))}
+    models = {None, *(model_of(*which) for which in itertools.product(TITLES, SEEDS))}
     return [line for line in read(path) if line["judge"] == model_of("gpt", SEEDS[1]) and line.get("model") in models]
 
 
@@ -265,12 +264,12 @@ def samplers(a):
     for seed, run in itertools.product(SEEDS, beyond()):
 
         def sampled():
-            model = load(run["system"], seed, True)
+            model = load(run["system"], seed)
             torch.manual_seed(0)
             x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"])
             return judged(judge, x) | {"entropy": entropy(x)}
 
-        measured("samplers.jsonl", run | {"model": model_of(run["system"], seed, True)}, sampled)
+        measured("samplers.jsonl", run | {"model": model_of(run["system"], seed)}, sampled)
 
 
 def infill(a):

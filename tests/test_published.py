@@ -100,9 +100,8 @@ def test_what_is_written_is_laid_out_as_what_was_published(name, tmp_path):
     for part in config.keys() | {"model", "graph", "noise", "tokens"}:  # what the authors' model is built from
         assert changed(config, "model.name", "")[part] == changed(their_config, "model.name", "")[part]
     assert weights.keys() == their_weights.keys()
-    for key in weights:  # the rotary frequencies are computed, not loaded
-        assert weights[key].dtype == their_weights[key].dtype
-        torch.testing.assert_close(weights[key], their_weights[key], atol=0, rtol=1e-6 * (key == "rotary_emb.inv_freq"))
+    for key in weights:
+        assert weights[key].dtype == their_weights[key].dtype and weights[key].equal(their_weights[key])
 
 
 def test_saving_replaces_a_model_in_the_other_format(tmp_path, without):
@@ -207,7 +206,7 @@ def test_what_this_code_does_not_have_is_refused(tmp_path):
     refused(tmp_path, "scale_by_sigma")
     config = changed(config, "noise.type", "geometric")
     assert SEDD.from_pretrained(write(tmp_path, config, weights, "model.safetensors")).config.noise == "geometric"
-    refused(write(tmp_path, changed(config, "noise.sigma_max", 10), weights, "model.safetensors"), "geometric")
+    refused(write(tmp_path, changed(config, "noise.sigma_max", 10), weights, "model.safetensors"), "sigma_max")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"tokens"', b"[" * 100_000])
@@ -227,7 +226,7 @@ def test_config_that_is_no_json_object(content, tmp_path):
     ("output_layer.linear.weight", lambda w: w * float("nan"), "output_layer.linear.weight"),
     ("output_layer.linear.weight", lambda w: w[:-1].clone(), "output_layer.linear.weight"),
     ("blocks.9.norm1.weight", lambda w: torch.zeros(3), "blocks.9.norm1.weight"),
-    ("rotary_emb.inv_freq", lambda w: w * 2, "rotary"),
+    ("rotary_emb.inv_freq", lambda w: None, "rotary_emb.inv_freq"),
     ("rotary_emb.inv_freq", lambda w: w * float("nan"), "rotary_emb.inv_freq"),
     ("rotary_emb.inv_freq", lambda w: w[:-1].clone(), "RuntimeError"),
 ])  # fmt: skip
@@ -235,6 +234,17 @@ def test_weights_that_do_not_fit(key, change, word, file, tmp_path):
     config, weights = published("absorb")
     weights = {**weights, key: change(weights.get(key))}
     refused(write(tmp_path, config, {k: v for k, v in weights.items() if v is not None}, file), word)
+
+
+def test_rotary_frequencies_are_those_of_the_file(tmp_path):
+    config, weights = published("absorb")
+    model = SEDD.from_pretrained(DATA / "absorb")
+    weights["rotary_emb.inv_freq"] *= 2
+    other = SEDD.from_pretrained(write(tmp_path, config, weights, "model.safetensors"))
+    x, sigma = torch.randint(11, (2, 9)), torch.ones(2)
+    assert not torch.allclose(other(x, sigma), model(x, sigma))
+    model.rotary_emb.inv_freq *= 2
+    assert other(x, sigma).equal(model(x, sigma))
 
 
 @both_formats
