@@ -251,9 +251,11 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     sigma, _ = noise(torch.zeros_like(shift))
     if sigma[0] > 0:
         x = graph.sample_transition(x0, sigma[:, None])
-        for i in range(len(x0)):  # one sequence at a time: this term alone needs all of a sequence's scores at once
-            probs = denoise_probs(graph, model(x[i : i + 1], sigma[i : i + 1])[0].exp(), sigma[i], x[i])
-            bound[i] -= probs.gather(-1, x0[i, :, None]).log().sum()
+        size = max(1, SCORES_AT_A_TIME[x.device.type] // x[0].numel() // graph.num_states)  # sequences at a time
+        for i in range(0, len(x), size):  # this term alone needs all of a sequence's scores at once
+            part = slice(i, i + size)
+            probs = denoise_probs(graph, model(x[part], sigma[part]).exp(), sigma[part, None], x[part])
+            bound[part] -= probs.gather(-1, x0[part, :, None]).log().sum((1, 2))
     return bound
 
 
