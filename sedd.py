@@ -647,17 +647,6 @@ SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hi
          "cond_dim": "cond_dim", "dropout": "dropout"}  # fmt: skip  # their names: ours
 
 
-def published_form(config):
-    """The authors' config.json for a SEDDConfig, as a dict."""
-    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
-    return {
-        "tokens": config.vocab_size,
-        "graph": {"type": config.graph, "file": "data", "report_all": False},
-        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
-        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
-    }
-
-
 def load_weights(path):
     """What torch.save wrote to `path`, plain data only; ValueError at damage, for torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
@@ -679,12 +668,14 @@ def from_pretrained(path_or_hub_id):
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG, SAFE, BIN]))
-        theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        shape = {ours: theirs["model"][key] for key, ours in SHAPE.items()}
-        config = SEDDConfig(theirs["tokens"], graph=theirs["graph"]["type"], noise=theirs["noise"]["type"], **shape)
-        for part, key in ("model", "scale_by_sigma"), ("noise", "sigma_min"), ("noise", "sigma_max"):
-            if theirs[part][key] != (here := published_form(config)[part][key]):
-                raise ValueError(f"{key} is {theirs[part][key]!r}, and for {config.graph}, {config.noise} only {here}")
+        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        shape, noise = published["model"], published["noise"]
+        config = SEDDConfig(published["tokens"], graph=published["graph"]["type"], noise=noise["type"],
+                            **{ours: shape[theirs] for theirs, ours in SHAPE.items()})  # fmt: skip
+        if shape["scale_by_sigma"] is not (config.graph == "absorb"):
+            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']!r} under the {config.graph} graph")
+        if config.noise == "geometric" and (noise["sigma_min"], noise["sigma_max"]) != (1e-4, 20):
+            raise ValueError("geometric noise, but not from 1e-4 to 20")
         if (folder / SAFE).is_file():
             from safetensors.torch import load_file
 
@@ -713,9 +704,16 @@ def save_pretrained(model, folder):
     ValueError at a baseline, for which the format has no place. Other files in the folder stay. While the finished
     files move in there is no config.json, so that nobody can read half a model.
     """
-    folder = Path(folder)
-    if (kind := model.config.parameterization) != "score":
-        raise ValueError(f"the published format has no place for parameterization={kind!r}")
+    config, folder = model.config, Path(folder)
+    if config.parameterization != "score":
+        raise ValueError(f"the published format has no place for parameterization={config.parameterization!r}")
+    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
+    published = {
+        "tokens": config.vocab_size,
+        "graph": {"type": config.graph, "file": "data", "report_all": False},
+        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
+    }
     try:
         from safetensors.torch import save_file as save
 
@@ -725,7 +723,7 @@ def save_pretrained(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, Path(scratch, file))
-        Path(scratch, CONFIG).write_text(json.dumps(published_form(model.config), indent=2), encoding="utf-8")
+        Path(scratch, CONFIG).write_text(json.dumps(published, indent=2), encoding="utf-8")
         (folder / CONFIG).unlink(missing_ok=True)
         os.replace(Path(scratch, file), folder / file)
         (folder / other).unlink(missing_ok=True)

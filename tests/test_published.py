@@ -206,7 +206,7 @@ def test_what_this_code_does_not_have_is_refused(tmp_path):
     refused(tmp_path, "scale_by_sigma")
     config = changed(config, "noise.type", "geometric")
     assert SEDD.from_pretrained(write(tmp_path, config, weights, "model.safetensors")).config.noise == "geometric"
-    refused(write(tmp_path, changed(config, "noise.sigma_max", 10), weights, "model.safetensors"), "sigma_max")
+    refused(write(tmp_path, changed(config, "noise.sigma_max", 10), weights, "model.safetensors"), "geometric")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"tokens"', b"[" * 100_000])

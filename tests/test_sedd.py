@@ -459,6 +459,18 @@ def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch
 
 
 @both_names
+def test_the_bound_is_the_same_for_any_number_of_sequences_at_a_time(name, monkeypatch):
+    """Its last term takes all of them, three, or one of which alone is too large."""
+    model, x0, bounds = random_model(name), torch.randint(11, (8, 16)), []
+    for scores in 2**25, 3 * 16 * 12, 1:
+        monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", scores)
+        torch.manual_seed(0)
+        bounds.append(sedd.nll_bound(model, model.graph, GeometricNoise(), x0, num_times=2))
+    for bound in bounds[1:]:
+        torch.testing.assert_close(bound, bounds[0])
+
+
+@both_names
 @pytest.mark.parametrize("size", [64, 9, 1])  # all rows at once; blocks that do not divide; row by row
 def test_scores_of_some_rows_are_rows_of_the_scores(name, size):
     model = random_model(name)

@@ -539,7 +539,7 @@ def test_draws_are_exact_far_into_the_tail():
     """50,000 tokens, one of mass 0.9995 and a tail of 1e-8 each. Of 30,000 draws 15 fall in the tail, Poisson.
 
     Outside 2 ... 36 with chance 1e-5. The Gumbel trick on float32 uniform numbers, of which the largest is 1 - 2^-24,
-    cannot lift a tail token past the head: it fails the same test. (It is monotone, so the tail's largest number will do.)
+    cannot lift a tail token past the head: it fails the same test. (It is monotone: the tail's largest number will do.)
     """
     gumbel_of = lambda u: u.clamp(min=1e-30).log().neg().log().neg()
     torch.manual_seed(0)
