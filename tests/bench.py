@@ -154,7 +154,9 @@ def medians(measures, reps, warm_up=2):
 def bench_training(a, device):
     print("\nTraining: forward, backward, clipping, AdamW and EMA. plain: the same with the loss by its definition.")
     print("head: what head and loss add to the trunk's forward and backward, over what they add on the plain path.")
-    print("Not compiled, head and loss are slower: a few rows at a time, each of whose terms goes to memory and back.\n")
+    print(
+        "Not compiled, head and loss are slower: a few rows at a time, each of whose terms goes to memory and back.\n"
+    )
     print("| shape | graph | dtype | compiled | s / step | tokens / s | ceiling, GFLOP/s | utilisation | plain / this | "
           "head | peak MB, this | peak MB, plain |\n" + "|---" * 12 + "|")  # fmt: skip
     for shape in a.shapes:
@@ -194,7 +196,9 @@ def bench_sampling(a, device):
 
 
 def bench_loss_memory(a, device):
-    print("\nPeak memory of one forward and backward of the loss with 1 block of GPT-2-small shape, over that of its trunk.\n")
+    print(
+        "\nPeak memory of one forward and backward of the loss with 1 block of GPT-2-small shape, over that of its trunk.\n"
+    )
     print("| batch | graph | dtype | trunk, MB | with head and loss, MB | head and loss, MB |\n" + "|---" * 6 + "|")
     for graph in "absorb", "uniform":
         for batch in 8, 16:

@@ -61,7 +61,9 @@ def test_absorbing_means_pay_the_weighted_cross_entropy(t):
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")
     expected = ((x == 7) * cross_entropy).sum(-1) / t
     assert expected.count_nonzero() > 0
-    torch.testing.assert_close(diffusion_loss(model, model.graph, model.noise, x0, t, x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        diffusion_loss(model, model.graph, model.noise, x0, t, x), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @both_names
@@ -133,7 +135,10 @@ def test_gpt_keeps_prefixes_of_any_length():
 def test_sedd_is_not_causal():
     for kind, knows in ("score", True), ("causal", False):
         model, x = random_model(kind), torch.randint(7, (1, 12))
-        features = model.trunk(x, torch.ones(1)), model.trunk(torch.cat([x[:, :-1], (x[:, -1:] + 1) % 7], 1), torch.ones(1))
+        features = (
+            model.trunk(x, torch.ones(1)),
+            model.trunk(torch.cat([x[:, :-1], (x[:, -1:] + 1) % 7], 1), torch.ones(1)),
+        )
         assert (features[0][0, 0] - features[1][0, 0]).abs().max().gt(0).item() is knows
     assert isinstance(random_model("score"), SEDD) and isinstance(random_model("causal"), GPT)
 

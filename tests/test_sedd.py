@@ -243,7 +243,9 @@ def test_worked_example():
 @all_graphs
 def test_score_entropy_is_infinite_where_the_score_vanishes(graph):
     x0, sigma, x, log_score = random_case(graph, B=30)
-    values = [graph.score_entropy(log_score - F.one_hot(x0, graph.num_states).double() * c, sigma, x, x0) for c in (10, 1e300)]
+    values = [
+        graph.score_entropy(log_score - F.one_hot(x0, graph.num_states).double() * c, sigma, x, x0) for c in (10, 1e300)
+    ]
     lost = (x != x0) & (graph.rate_matrix()[x, x0] > 0)
     assert (values[1][lost] > 1e290).all() and (values[0][lost] < 1e3).all()
 
@@ -485,7 +487,11 @@ def test_scores_of_some_rows_are_rows_of_the_scores(name, size):
 def test_attention_runs_in_the_compute_dtype(name, monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, **how: (seen.extend(t.dtype for t in qkv), attention(*qkv, **how))[1])
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *qkv, **how: (seen.extend(t.dtype for t in qkv), attention(*qkv, **how))[1],
+    )
     with torch.autocast("cpu", torch.bfloat16):
         log_score = random_model(name)(torch.randint(11, (2, 16)), torch.rand(2))
     assert set(seen) == {torch.bfloat16} and log_score.dtype == torch.float32
@@ -515,7 +521,9 @@ def test_loss_rates_and_tweedie_are_the_published_codes(name, schedule):
     graph, score = sedd.GRAPHS[name](11), case["log_score"].exp()
     sigma, dsigma = sedd.NOISES[schedule]()(case["t"])
     assert close(sigma, case["sigma"], 1e-4) and close(dsigma, case["dsigma"], 1e-4)
-    assert close(graph.score_entropy(case["log_score"], sigma[:, None], case["x"], case["x0"]), case["score_entropy"], 1e-4)
+    assert close(
+        graph.score_entropy(case["log_score"], sigma[:, None], case["x"], case["x0"]), case["score_entropy"], 1e-4
+    )
     oracle = lambda x, sigma, x0: graph.score_entropy(case["log_score"], sigma[:, None], x, x0)
     loss = diffusion_loss(oracle, graph, sedd.NOISES[schedule](), case["x0"], case["t"], case["x"])
     assert close(loss, case["loss"], 1e-4)

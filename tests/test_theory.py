@@ -523,7 +523,9 @@ def infilling_distance(graph, kept, seed=0, sampler="tweedie"):
     return total_variation(x, conditional)
 
 
-@pytest.mark.parametrize("kept", [{0: 1}, {2: 1}, {1: 2}, {0: 0, 2: 0}], ids=["prefix", "suffix", "middle", "both ends"])
+@pytest.mark.parametrize(
+    "kept", [{0: 1}, {2: 1}, {1: 2}, {0: 0, 2: 0}], ids=["prefix", "suffix", "middle", "both ends"]
+)
 def test_infilling_is_exact_under_the_absorbing_graph(kept):
     """Section 4.3: the rest follows p0(rest | kept); 64 steps leave up to 0.02, chance below 1e-9 up to NOISE_OF_TV."""
     assert infilling_distance(Absorbing(V), kept) < 0.02 + NOISE_OF_TV
