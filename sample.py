@@ -38,6 +38,7 @@ class Options:
     steps: Count = 128  # calls of the network for a piece: more are slower and better
     sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: one by one
     top_p: Amount = 1.0  # draw only from the likeliest tokens, as many as hold this share of the chances (0: one)
+    eta: Amount = 0.0  # above 0, say 0.05, tokens that are written can change again
     seed: Seed = 1337  # of the draws
     watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
     judge: str = ""  # tell the perplexity of the texts under this language model (gpt2-large)
@@ -138,7 +139,7 @@ def main():
     model, meta = load_model(start)
     if meta is None:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
-    if model.causal and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler"}):
+    if model.causal and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler", "eta"}):
         fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{min(odd)}")
     if o.sampler == "exact" and "steps" in explicit:
         fail("sampler='exact' calls the network once for each token: leave out --steps")
@@ -154,7 +155,7 @@ def main():
     pieces = pieces_of(prompt, model.config.block_size)
     size = max(1, BATCH // min(len(prompt), model.config.block_size))
     batches = torch.tensor(prompt, device=device).expand(o.num_samples, -1).split(size)
-    generate = partial(model.generate, steps=o.steps, sampler=o.sampler, top_p=o.top_p)
+    generate = partial(model.generate, steps=o.steps, sampler=o.sampler, top_p=o.top_p, eta=o.eta)
     steps = prompt.count(-1) if model.causal or o.sampler == "exact" else o.steps * len(pieces)
     written, began, watch = [], time.monotonic(), o.watch and sys.stdout.isatty()
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, file=sys.stdout if watch else None)

@@ -300,7 +300,7 @@ def scores_at(model, x, sigma):
     return model.scores_at(x, sigma) if isinstance(model, SEDD) else model(x, sigma).flatten(0, 1).__getitem__
 
 
-def steps_of(sampler, model, graph, noise, x, free, steps, top_p):
+def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
     """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step."""
     size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)  # places at a time
     shape, x, free = x.shape, x.flatten(), free.flatten()
@@ -308,6 +308,8 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p):
     sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
     for step in range(steps):
         rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
+        # Remasking: instead of this step, some positions take a draw of x0, which is noised again.
+        fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
         if len(rows):
             step_probs, dsigma = type(graph).tweedie_probs if after else denoise_probs, sigma - after
             if sampler == "euler" and after:
@@ -317,9 +319,12 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p):
             def chances(part):
                 """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
                 here, score = x[part], log_score(part)
-                # a step magnifies rounding by e^dsigma (and MPS has no float64)
-                score = (score.double() if dsigma > 9 and x.device.type != "mps" else score).exp_()
+                # a step magnifies rounding by up to e^sigma (and MPS has no float64)
+                score = (score.double() if sigma > 9 and x.device.type != "mps" else score).exp_()
                 probs = step_probs(graph, score, torch.full_like(score[:, 0], dsigma), here)
+                if fresh is not None:
+                    clean = denoise_probs(graph, score, torch.full_like(score[:, 0], sigma), here)
+                    probs = torch.where(fresh[part, None], clean, probs)
                 return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
 
             # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
@@ -327,6 +332,8 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p):
             jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
             for part in rows[jumping].split(size) if len(jumping) else ():
                 x = x.scatter(0, part, sample_categorical(chances(part)[1], top_p))
+        if fresh is not None:
+            x = torch.where(fresh, graph.sample_transition(x, torch.tensor(after, device=x.device)), x)
         yield x.view(shape)
 
 
@@ -351,7 +358,8 @@ def first_hitting(model, graph, noise, x, top_p):
 
 
 @torch.no_grad()
-def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None, top_p=1.0):
+def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None,
+           top_p=1.0, eta=0.0):  # fmt: skip
     """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK.
 
     `tweedie` and `euler` call the model at most `steps` times. Given the true scores `tweedie` is optimal among the
@@ -363,19 +371,22 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
     graph they do not, however small the steps: a kept token is taken for one that may be noisy.
 
-    top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. callback(step, x), if given,
-    sees each state from the prior (step 0) to the last. ValueError at a wrong argument.
+    top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
+    once more after it is written: instead of a step to noise sigma', a position takes, with chance
+    min(1, eta / (1 - e^-sigma')), a draw of x0 noised up to sigma' (remasking, arXiv 2503.00307 and 2602.21185). Exact
+    scores then still give each position its marginal. callback(step, x), if given, sees each state from the prior
+    (step 0) to the last. ValueError at a wrong argument.
     """
-    known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None)
+    known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)
     if steps < 1 or sampler not in known:
-        raise ValueError(f"steps={steps} must be at least 1, and sampler={sampler!r} one of {known} (exact: with MASK)")
+        raise ValueError(f"steps={steps} must be at least 1, sampler={sampler!r} of {known} (exact: with MASK, no eta)")
     x = graph.sample_prior(*shape, device=device)
     prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
         raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
     free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
     states = (first_hitting(model, graph, noise, x, top_p) if sampler == "exact" else
-              steps_of(sampler, model, graph, noise, x, free, steps, top_p))  # fmt: skip
+              steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
     for step, x in enumerate(itertools.chain([x], states)):
         if callback:
             callback(step, x)
@@ -562,10 +573,9 @@ class SEDD(Transformer):
     def nll(self, x0, num_times=128):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
-    def generate(self, prompt, steps, sampler="tweedie", callback=None, top_p=1.0):
-        return sample(
-            self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback, top_p
-        )
+    def generate(self, prompt, steps, sampler="tweedie", callback=None, **how):
+        way = sampler, prompt, prompt.device, callback
+        return sample(self, self.graph, self.noise, prompt.shape, steps, *way, **how)
 
 
 MODELS = {"score": SEDD}
@@ -625,7 +635,7 @@ class GPT(Transformer):
         return self.loss(x0)
 
     @torch.no_grad()
-    def generate(self, prompt, steps=None, sampler=None, callback=None, top_p=1.0):
+    def generate(self, prompt, steps=None, sampler=None, callback=None, top_p=1.0, eta=None):
         """prompt (B, L), tokens and then -1 -> (B, L), one token at each call; what came before is computed again."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
         for i in range(int((prompt >= 0).all(0).cumprod(0).sum()), prompt.shape[1]):

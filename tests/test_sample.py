@@ -96,7 +96,7 @@ def test_gpt_goes_on_with_a_prefix(home):
     texts = write(home, "--out_dir=causal", "--prefix=once ", "--num_samples=2", "--length=20").split(LINE)
     assert [len(text) for text in texts] == [20, 20] and texts[0] != texts[1]
     assert all(text.startswith("once ") for text in texts)
-    for option in "suffix=a", "infill={3}", "steps=128", "sampler=euler":
+    for option in "suffix=a", "infill={3}", "steps=128", "sampler=euler", "eta=0.1":
         done = call("sample.py", "--out_dir=causal", f"--{option}", cwd=home)
         complains(done, "sample.py", "'causal'", "left to right", "--" + option.split("=")[0])
 

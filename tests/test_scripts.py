@@ -522,10 +522,10 @@ def test_samplers_differ_but_for_the_log_linear_absorbing_chain(home, uniform):
 
 
 def test_what_the_samplers_are_told_reaches_them(home, uniform):
-    """With top_p = 0 each token is the likeliest, and few are used; the exact sampler has another order."""
-    plain, certain = write(home), write(home, "--top_p=0")
+    """With top_p = 0 each token is the likeliest, and few are used; with eta, and in another order, the text is another."""
+    plain, certain, corrected = write(home), write(home, "--top_p=0"), write(home, "--eta=0.5")
     exact = works(call("sample.py", "--sampler=exact", cwd=home)).stdout[:-1]
-    assert len({plain, certain, exact}) == 3 and len(certain) == len(exact) == L
+    assert len({plain, certain, corrected, exact}) == 4 and len(certain) == len(corrected) == len(exact) == L
     assert len(set(certain)) < len(set(plain))
 
 
@@ -632,7 +632,9 @@ BAD = {
         ("--length=99999999999", "length=99999999999", "below"),
         ("--sampler=ddim", "sampler", "tweedie, euler, exact", "'ddim'"),
         ("--sampler=exact --steps=5", "'exact'", "leave out --steps"),
+        ("--sampler=exact --eta=0.1", "'exact'", "no eta"),
         ("--top_p=-1", "top_p=-1.0", "at least 0"),
+        ("--eta=-1", "eta=-1.0", "at least 0"),
         ("--prefix=caf\xe9", "no character '\xe9'"),
         ("--suffix=\x07", r"no character '\x07'"),
         ("--infill={3}\u65e5{3}", "no character '\u65e5'"),

@@ -537,7 +537,7 @@ def test_loss_rates_and_tweedie_are_the_published_codes(name, schedule):
 
 
 @pytest.mark.parametrize("name, sampler, how", [
-    *itertools.product(["absorb", "uniform"], ["euler", "tweedie"], [{}, {"top_p": 0.5}]),
+    *itertools.product(["absorb", "uniform"], ["euler", "tweedie"], [{}, {"eta": 0.3}, {"top_p": 0.5}]),
     ("absorb", "exact", {}), ("absorb", "exact", {"top_p": 0.5}),
 ])  # fmt: skip
 @pytest.mark.parametrize("steps", [1, 2, 9])
@@ -573,7 +573,7 @@ def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
 
 
 @pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((2, 9), 1)),
-                                   dict(prompt=torch.full((2, 16), 11))])  # fmt: skip
+                                   dict(prompt=torch.full((2, 16), 11)), dict(eta=0.1, sampler="exact")])  # fmt: skip
 def test_sample_refuses_what_it_cannot_do(wrong):
     model = random_model("absorb")
     with pytest.raises(ValueError, match=next(iter(wrong))):

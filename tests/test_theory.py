@@ -381,7 +381,7 @@ def test_the_samplers_are_one_under_absorbing_log_linear_noise(t, dt):
     torch.testing.assert_close(euler, graph.tweedie_probs(score, sigma - earlier, x))
 
 
-def exact_steps(graph, oracle, noise, sampler, steps):
+def exact_steps(graph, oracle, noise, sampler, steps, eta=0.0):
     """The distribution over all S^L sequences before each step and after the last, (S^L,) each, by dense matrices."""
     x, Q = sequences(graph.num_states, oracle.L), graph.rate_matrix()
     prior = torch.linalg.matrix_exp(100 * Q)[:, 0]  # noise without end forgets where it began
@@ -402,6 +402,12 @@ def exact_steps(graph, oracle, noise, sampler, steps):
             probs = before.clamp(min=0) * torch.linalg.matrix_exp(step_Q)[x]
             probs[..., V:] *= not last
         probs = probs / probs.sum(-1, keepdim=True)
+        if eta and not last:  # kappa of the step, and else p(x0 | x) with new noise
+            kappa = 1 - min(1, eta / -torch.expm1(-sigmas[step + 1]))
+            before = torch.einsum("yz,xlz->xly", torch.linalg.matrix_exp(-sigmas[step] * Q), score)
+            clean = before.clamp(min=0) * torch.linalg.matrix_exp(sigmas[step] * Q)[x]
+            clean = clean[..., :V] / clean[..., :V].sum(-1, keepdim=True)
+            probs = kappa * probs + (1 - kappa) * clean @ torch.linalg.matrix_exp(sigmas[step + 1] * Q)[:, :V].T
         to = probs[:, 0]
         for i in range(1, oracle.L):
             to = (to[:, :, None] * probs[:, i, None]).flatten(1)
@@ -412,9 +418,11 @@ def exact_steps(graph, oracle, noise, sampler, steps):
 @all_graphs
 @pytest.mark.parametrize("noise", [LogLinearNoise(), GeometricNoise(), GeometricNoise(0.5, 20.0)],
                          ids=["loglinear", "geometric", "geometric from 0.5"])  # fmt: skip
-@pytest.mark.parametrize("sampler", ["tweedie", "euler"])
-@pytest.mark.parametrize("steps, off_by", [(2, None), (8, None), (3, 0.7), (3, -0.7)])
-def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
+@pytest.mark.parametrize("sampler, eta, steps, off_by", [
+    *((sampler, 0, *how) for sampler in ("tweedie", "euler") for how in [(2, None), (8, None), (3, 0.7), (3, -0.7)]),
+    ("tweedie", 0.1, 8, None), ("tweedie", 0.6, 3, -0.7), ("euler", 0.3, 3, 0.7),
+])  # fmt: skip
+def test_every_step_is_its_formula(graph, noise, sampler, eta, steps, off_by):
     """Section 4: N samples, with scores in float32, after each step against the exact distribution of that step.
 
     Pearson's chi-square over the sequences, and Poisson's law for those that hardly occur; false alarm 2e-6 a step.
@@ -424,13 +432,30 @@ def test_every_step_is_its_formula(graph, noise, sampler, steps, off_by):
     oracle, counts, S = Oracle(graph, PAIR, off_by), [], graph.num_states
     model = lambda x, sigma: oracle(x, sigma).float()
     torch.manual_seed(0)
-    sample(model, graph, noise, (N, 2), steps, sampler,
+    sample(model, graph, noise, (N, 2), steps, sampler, eta=eta,
            callback=lambda step, x: counts.append(torch.bincount(x @ oracle.strides, minlength=S**2)))  # fmt: skip
     assert len(counts) == steps + 1
-    for count, p in zip(counts, exact_steps(graph, oracle, noise, sampler, steps)):
+    for count, p in zip(counts, exact_steps(graph, oracle, noise, sampler, steps, eta)):
         expected, often = N * p, N * p >= 5
         assert ((count - expected) ** 2 / expected)[often].sum() < chi2.isf(1e-6, int(often.sum()))
         assert count[~often].sum() <= poisson.isf(1e-6, expected[~often].sum())
+
+
+@all_graphs
+@both_noises
+@pytest.mark.parametrize("eta", [0.02, 0.3, 1.0])
+def test_fresh_draws_keep_the_marginal_of_a_position(graph, noise, eta):
+    """Of the states of one position, at each step: its marginal at that time. Pearson's chi-square, false alarm 1e-6."""
+    oracle, steps, counts = Oracle(graph, PAIR.sum(1)), 6, []
+    torch.manual_seed(0)
+    sample(oracle, graph, noise, (N, 1), steps, eta=eta,
+           callback=lambda step, x: counts.append(torch.bincount(x[:, 0], minlength=graph.num_states)))  # fmt: skip
+    sigmas, _ = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    for step in range(1, steps):  # at the start, pi is not yet the marginal, and at the end there is no noise
+        p = oracle.marginal(sigmas[step][None])[0]
+        slack = 2 * N * torch.exp(-sigmas[0])  # what pi lacks of the marginal at the start
+        excess = ((counts[step] - N * p).abs() - slack).clamp(min=0)
+        assert (excess**2 / (N * p).clamp(min=1)).sum() < chi2.isf(1e-6, graph.num_states - 1)
 
 
 @both_noises
