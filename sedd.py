@@ -252,8 +252,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     if sigma[0] > 0:
         x = graph.sample_transition(x0, sigma[:, None])
         size = max(1, SCORES_AT_A_TIME[x.device.type] // x[0].numel() // graph.num_states)  # sequences at a time
-        for i in range(0, len(x), size):  # this term alone needs all of a sequence's scores at once
-            part = slice(i, i + size)
+        for part in torch.arange(len(x), device=x.device).split(size):  # this term alone needs all scores of a sequence
             probs = denoise_probs(graph, model(x[part], sigma[part]).exp(), sigma[part, None], x[part])
             bound[part] -= probs.gather(-1, x0[part, :, None]).log().sum((1, 2))
     return bound
@@ -308,7 +307,6 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
     sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
     for step in range(steps):
         rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
-        # Remasking: instead of this step, some positions take a draw of x0, which is noised again.
         fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
         if len(rows):
             step_probs, dsigma = type(graph).tweedie_probs if after else denoise_probs, sigma - after
@@ -373,8 +371,8 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
     top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
     once more after it is written: instead of a step to noise sigma', a position takes, with chance
-    min(1, eta / (1 - e^-sigma')), a draw of x0 noised up to sigma' (remasking, arXiv 2503.00307 and 2602.21185). Exact
-    scores then still give each position its marginal. callback(step, x), if given, sees each state from the prior
+    min(1, eta / (1 - e^-sigma')), a fresh draw of x0 noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185).
+    Exact scores then still give each position its marginal. callback(step, x), if given, sees each state from the prior
     (step 0) to the last. ValueError at a wrong argument.
     """
     known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)

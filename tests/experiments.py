@@ -8,7 +8,7 @@ train     every training: for each system the best of three learning rates, chos
           the steps, then three seeds; each diffusion model with the paper's even times and with bell-shaped ones.
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
-samplers  32 samples of each of three seeds, absorbing and uniform, by each sampler, with and without top_p.
+samplers  32 samples of each of three seeds, absorbing and uniform, by each sampler, with and without eta and top_p.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
@@ -46,8 +46,9 @@ RATES, SEEDS, STEPS, SEARCH = (6e-3, 1.2e-2, 2.4e-2), (1, 2, 3), 1000, 200
 DIFFUSION, CALLS = ("absorb", "uniform", "d3pm"), (8, 16, 32, 64, 128, 256, 512)
 # Under the absorbing graph and log-linear noise the samplers are one: tests/test_theory.py.
 SAMPLED = [("absorb", "tweedie"), ("uniform", "tweedie"), ("uniform", "euler"), ("d3pm", "tweedie")]
-# Beyond the paper: system and sampler, calls of the network, top_p. `exact` makes a call for each token.
-BEYOND = [("absorb", "tweedie"), ("absorb", "exact"), ("uniform", "tweedie")]
+# Beyond the paper: system, sampler and eta; calls of the network; top_p. `exact` makes a call for each token.
+BEYOND = [("absorb", "tweedie", 0.0), ("absorb", "tweedie", 0.05), ("absorb", "exact", 0.0),
+          ("uniform", "tweedie", 0.0), ("uniform", "tweedie", 0.05)]  # fmt: skip
 BEYOND_CALLS, TOP_P = (16, 64, 256), (1.0, 0.9)
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
@@ -253,9 +254,9 @@ def quality(a):
 
 def beyond():
     """The runs of `samplers`, but for their seed."""
-    for (name, sampler), top_p in itertools.product(BEYOND, TOP_P):
+    for (name, sampler, eta), top_p in itertools.product(BEYOND, TOP_P):
         for steps in BEYOND_CALLS if sampler == "tweedie" else [128]:
-            yield {"system": name, "sampler": sampler, "top_p": top_p, "steps": steps}
+            yield {"system": name, "sampler": sampler, "eta": eta, "top_p": top_p, "steps": steps}
 
 
 def samplers(a):
@@ -266,7 +267,7 @@ def samplers(a):
         def sampled():
             model = load(run["system"], seed)
             torch.manual_seed(0)
-            x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"])
+            x = written(model, nothing, run["steps"], run["sampler"], top_p=run["top_p"], eta=run["eta"])
             return judged(judge, x) | {"entropy": entropy(x)}
 
         measured("samplers.jsonl", run | {"model": model_of(run["system"], seed)}, sampled)
@@ -313,12 +314,12 @@ def draw_samplers(plt, save):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for (name, title), mine in itertools.groupby(across_seeds(), lambda run: (run["system"], beyond_title(run))):
         steps, perplexities, spreads = zip(*((run["steps"], run["perplexity"], run["spread"]) for run in mine))
-        colour = "C3" if "remasked" in title else "C2" if "exact" in title else "C0"
+        colour = "C3" if "eta" in title else "C2" if "exact" in title else "C0"
         axes[int(name == "uniform")].errorbar(steps, perplexities, spreads, color=colour, marker=".", capsize=2,
                                               ls=":" if "top_p" in title else "-", label=title)  # fmt: skip
     for name, axis in zip(("absorb", "uniform"), axes):
         axis.set(xscale="log", ylim=(0, None), xlabel="network calls", title=TITLES[name])
-        axis.set_xticks([16, 64, 128], [16, 64, 128], minor=False)
+        axis.set_xticks([*BEYOND_CALLS, 128], [*BEYOND_CALLS, 128], minor=False)
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8, loc="lower left")
     axes[0].set_ylabel("perplexity under a GPT")
@@ -394,18 +395,14 @@ def draw(a):
 
 
 def beyond_title(run):
-    sampler = f"remasked, eta {run['eta']:g}" if "eta" in run else run["sampler"]
-    return sampler + (f", top_p {run['top_p']:g}" if run["top_p"] < 1 else "")
+    eta, top_p = f", eta {run['eta']:g}" if run["eta"] else "", f", top_p {run['top_p']:g}" if run["top_p"] < 1 else ""
+    return run["sampler"] + eta + top_p
 
 
 def across_seeds():
-    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds.
-
-    Those with remasking were made with code that showed no gain and has been taken out.
-    """
-    remasked, runs = [run | {"eta": 0.05} for run in beyond() if run["sampler"] == "tweedie"], []
-    for run in sorted([*beyond(), *remasked], key=lambda run: run["system"]):
-        lines = measurements("remasking.jsonl" if "eta" in run else "samplers.jsonl")
+    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds."""
+    lines, runs = measurements("samplers.jsonl"), []
+    for run in beyond():
         mine = [line for line in lines if run.items() <= line.items()]
         if len(mine) > 1:
             found = [line["perplexity"] for line in mine]
