@@ -38,10 +38,10 @@ class Options:
     steps: Count = 128  # calls of the network for a piece: more are slower and better
     sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: one by one
     top_p: Amount = 1.0  # draw only from the likeliest tokens, as many as hold this share of the chances (0: one)
-    eta: Amount = 0.0  # above 0, say 0.05, tokens that are written can change again
+    eta: Amount = 0.0  # how often written tokens change again, say 0.05
     seed: Seed = 1337  # of the draws
     watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
-    judge: str = ""  # tell the perplexity of the texts under this language model (gpt2-large)
+    judge: str = ""  # tell their perplexity under this model (gpt2-large)
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
