@@ -145,16 +145,17 @@ class Graph:
         pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
         p_x = a * (x == x0) + hit * pi_x
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
-        clean, c = y == x0[..., None], (hit / p_x)[..., None]
+        at_x0 = y == x0[..., None]
+        c = (hit / p_x)[..., None]
+        r = c * pi  # at every y but x0
+        K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
-        # At every y but x0 r is c pi, and r log s - K(r) = c (pi (log s + 1 - log c) - pi log pi).
-        entropy = log_score.exp() - c * (pi * (log_s + (1 - c.log())) - torch.xlogy(pi, pi))
-        entropy = torch.where(clean, 0.0, entropy).sum(-1)
+        entropy = torch.where(at_x0, 0.0, log_score.exp() - r * log_s + K).sum(-1)
 
         # At x0 r can be so large that the three terms cancel all their digits. With d = log s - log r they are
         # r (e^d - 1 - d): never negative, and zero at s = r. (To gather log s would split the compiled kernel.)
         r = (a + hit * pi_x0) / p_x
-        d = torch.where(clean, log_score, 0.0).sum(-1) - r.log()
+        d = torch.where(at_x0, log_score, 0.0).sum(-1) - r.log()
         return pi_x * (entropy + r * (torch.expm1(d) - d))
 
     def reverse_rate(self, score, x):
@@ -478,7 +479,8 @@ class Transformer(nn.Module):
         for layer in self.output_layer.linear, *(part.adaLN_modulation for part in (self.output_layer, *self.blocks)):
             nn.init.zeros_(layer.weight)  # every block starts as the identity, and every score as equal
             nn.init.zeros_(layer.bias)
-        D, self.rotary_emb = d // config.n_head, nn.Module()
+        D = d // config.n_head
+        self.rotary_emb = nn.Module()
         self.rotary_emb.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, D, 2) / D))
 
     def trunk(self, x, sigma):
@@ -572,8 +574,8 @@ class SEDD(Transformer):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
     def generate(self, prompt, steps, sampler="tweedie", callback=None, **how):
-        way = sampler, prompt, prompt.device, callback
-        return sample(self, self.graph, self.noise, prompt.shape, steps, *way, **how)
+        how |= {"prompt": prompt, "device": prompt.device, "callback": callback}
+        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, **how)
 
 
 MODELS = {"score": SEDD}

@@ -659,7 +659,7 @@ def test_trained_network_obeys_the_bound(name):
         diffusion_loss(model, model.graph, model.noise, torch.stack([cells // V, cells % V], 1)).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad(), decay.step()
-    bound, error = bound_of_each(model.eval(), model.graph, model.noise, 2, copies=2500)
+    bound, error = bound_of_each(model.eval(), model.graph, model.noise, 2, copies=10_000)
     weight, entropy = PAIR.flatten(), -(PAIR * PAIR.log()).sum()
     mean, error = (weight * bound).sum(), (weight * error).norm()
     assert error < 0.015
