@@ -135,18 +135,25 @@ class Graph:
         everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
-    def score_entropy(self, log_score, sigma, x, x0):
-        """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
+    def ratio(self, sigma, x, x0):
+        """The ratios r = p(y | x0) / p(x | x0), as c and r_x0 (...): r is c pi_y at every y but x0, and r_x0 there.
 
-        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there. The ratio r is
-        p(y | x0) / p(x | x0) with p(y | x0) = [y = x0] a + (1 - a) pi_y. At y = x it gives zero: s = r = 1.
+        For after noise sigma p(y | x0) = [y = x0] a + (1 - a) pi_y.
         """
-        y, a, hit = torch.arange(self.num_states, device=x.device), torch.exp(-sigma), -torch.expm1(-sigma)
-        pi, pi_x, pi_x0 = (self.pi(state, log_score.dtype) for state in (y, x, x0))
+        a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
+        return hit / p_x, (a + hit * self.pi(x0, sigma.dtype)) / p_x
+
+    def score_entropy(self, log_score, sigma, x, x0, *ratio):
+        """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
+
+        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there; at y = x it gives zero:
+        s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
+        """
+        y, (c, r_x0) = torch.arange(self.num_states, device=x.device), ratio or self.ratio(sigma, x, x0)
+        pi, c = self.pi(y, log_score.dtype), c[..., None]
         at_x0 = y == x0[..., None]
-        c = (hit / p_x)[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
@@ -154,9 +161,8 @@ class Graph:
 
         # At x0 r can be so large that the three terms cancel all their digits. With d = log s - log r they are
         # r (e^d - 1 - d): never negative, and zero at s = r. (To gather log s would split the compiled kernel.)
-        r = (a + hit * pi_x0) / p_x
-        d = torch.where(at_x0, log_score, 0.0).sum(-1) - r.log()
-        return pi_x * (entropy + r * (torch.expm1(d) - d))
+        d = torch.where(at_x0, log_score, 0.0).sum(-1) - r_x0.log()
+        return self.pi(x, log_score.dtype) * (entropy + r_x0 * (torch.expm1(d) - d))
 
     def reverse_rate(self, score, x):
         """Rates out of x of the reversed chain: Q[x, y] s_y at y != x, (..., S), rows sum to zero."""
@@ -344,9 +350,9 @@ def first_hitting(model, graph, noise, x, top_p):
     exact scores this draws from p(x0), and no step is too long. Learned scores need not sum to 1 / (e^sigma - 1), as
     exact ones do: such a sum makes a token of a Tweedie step appear sooner or later, and has no effect here.
     """
-    m, end = (-torch.expm1(-noise(torch.full((len(x), 1), t, dtype=torch.float64))[0]) for t in (1.0, 0.0))
+    m, end = -torch.expm1(-noise(torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu"))[0])
     while (masked := x == graph.mask_id).any():
-        u, n = torch.rand(len(x), 1, dtype=torch.float64), masked.sum(-1, keepdim=True).cpu()
+        u, n = torch.rand(len(x), 1, dtype=torch.float64, device="cpu"), masked.sum(-1, keepdim=True).cpu()
         m = torch.maximum(m * u ** (1 / n.clamp(min=1)), end)  # at the end of the noise all the rest appears
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
         now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
@@ -524,24 +530,25 @@ class SEDD(Transformer):
         W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
         places, size = F.pad(rows, (0, 8 - len(rows) % 8)), max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8
         h = h.index_select(0, places).to(dtype)
-        inputs = h, sigma[places // x.shape[1]], x.flatten()[places], x0.flatten()[places]
+        sigma, x_t, x0 = sigma[places // x.shape[1]], x.flatten()[places], x0.flatten()[places]
+        inputs = h, sigma, x_t, x0, *self.graph.ratio(sigma, x_t, x0)
         for i, block in enumerate(zip(*(tensor.split(size) for tensor in inputs))):
             run = self.block_entropy if i < 2 else partial(again, self.block_entropy)
             entropy.append(run(W, b, *block))
         entropy = torch.cat(entropy)[: len(rows)]
         return torch.zeros_like(x, dtype=entropy.dtype).flatten().scatter(0, rows, entropy).view(x.shape)
 
-    def block_entropy(self, W, b, h, sigma, x, x0):
-        """The head's W (P, d) and b (P,) with P >= S, h (R, d), the others (R,) -> score entropy (R,)."""
+    def block_entropy(self, W, b, h, *inputs):
+        """The head's W (P, d) and b (P,) with P >= S, h (R, d), sigma, x, x0 and ratio (R,) -> score entropy (R,)."""
 
-        def entropy(logits, sigma, x, x0):
-            return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
+        def entropy(logits, sigma, x, x0, *ratio):
+            return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0, *ratio)
 
         logits = F.linear(h, W, b)[:, : self.graph.num_states]
         if torch.compiler.is_compiling():
-            return entropy(logits, sigma, x, x0)  # one kernel: what is computed on the way needs no memory
-        few = max(1, SCORES_AT_A_TIME[x.device.type] // self.graph.num_states // 16)
-        parts = zip(*(tensor.split(few) for tensor in (logits, sigma, x, x0)))
+            return entropy(logits, *inputs)  # one kernel: what is computed on the way needs no memory
+        few = max(1, SCORES_AT_A_TIME[logits.device.type] // self.graph.num_states // 16)
+        parts = zip(*(tensor.split(few) for tensor in (logits, *inputs)))
         return torch.cat([again(entropy, *part) for part in parts])
 
     def log_score(self, logits, sigma, x):

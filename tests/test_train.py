@@ -635,6 +635,7 @@ dist.all_reduce(masked)
 if train.RANK == 0:
     backend = dist.group.WORLD._get_backend(torch.device("cpu")).name()
     print(dist.get_world_size(), backend, (masked.max(0).values / masked.mean(0)).max().item())
+dist.destroy_process_group()
 """)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TORCHRUN, "--nproc-per-node=4", "count.py"]

@@ -53,6 +53,9 @@ class Walk(Graph):
         p = self.moves(sigma)
         return torch.xlogy(p, p * self.num_states).sum(-1).to(sigma.dtype).expand(x0.shape)
 
+    def ratio(self, sigma, x, x0):
+        return ()  # no pi makes them: score_entropy looks at all
+
     def score_entropy(self, log_score, sigma, x, x0):
         moves, rate = self.moves(sigma), self.pick(self.rates, -self.to_all(x))
         r = self.pick(moves, self.to_all(x0)) / self.pick(moves, (x - x0)[..., None])  # p(y | x0) / p(x | x0)
