@@ -30,7 +30,6 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -136,12 +135,9 @@ class Graph:
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def ratio(self, sigma, x, x0):
-        """The ratios r = p(y | x0) / p(x | x0), as c and r_x0 (...): r is c pi_y at every y but x0, and r_x0 there.
-
-        For after noise sigma p(y | x0) = [y = x0] a + (1 - a) pi_y.
-        """
+        """c and r_x0 (...): the ratio r = p(y | x0) / p(x | x0) is c pi_y at every y but x0, and r_x0 at x0."""
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
-        p_x = a * (x == x0) + hit * pi_x
+        p_x = a * (x == x0) + hit * pi_x  # p(x | x0)
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
         return hit / p_x, (a + hit * self.pi(x0, sigma.dtype)) / p_x
 
@@ -301,12 +297,7 @@ def sample_categorical(probs, top_p=1.0):
     return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
 
 
-def scores_at(model, x, sigma):
-    """A function from places rows (R,) in x.flatten() to the log scores there (R, S). SEDD computes only these."""
-    return model.scores_at(x, sigma) if isinstance(model, SEDD) else model(x, sigma).flatten(0, 1).__getitem__
-
-
-def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
+def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
     """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step."""
     size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)  # places at a time
     shape, x, free = x.shape, x.flatten(), free.flatten()
@@ -319,7 +310,7 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
             step_probs, dsigma = type(graph).tweedie_probs if after else denoise_probs, sigma - after
             if sampler == "euler" and after:
                 step_probs, dsigma = euler_probs, rates[step] / steps
-            log_score = scores_at(model, x.view(shape), torch.full(shape[:1], sigma, device=x.device))
+            log_score = scores_at(x.view(shape), torch.full(shape[:1], sigma, device=x.device))
 
             def chances(part):
                 """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
@@ -342,7 +333,7 @@ def steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta):
         yield x.view(shape)
 
 
-def first_hitting(model, graph, noise, x, top_p):
+def first_hitting(scores_at, graph, noise, x, top_p):
     """The states that follow x (B, L) in continuous time: each call of the model turns one MASK into a token.
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
@@ -357,7 +348,7 @@ def first_hitting(model, graph, noise, x, top_p):
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
         now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
         sigma = -torch.log1p(-m[:, 0]).float().to(x.device)
-        log_score = scores_at(model, x, sigma)(now.flatten().nonzero()[:, 0])
+        log_score = scores_at(x, sigma)(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
         yield x
 
@@ -390,8 +381,9 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
         raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
     free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
-    states = (first_hitting(model, graph, noise, x, top_p) if sampler == "exact" else
-              steps_of(sampler, model, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
+    scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)  # as SEDD's
+    states = (first_hitting(scores_at, graph, noise, x, top_p) if sampler == "exact" else
+              steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
     for step, x in enumerate(itertools.chain([x], states)):
         if callback:
             callback(step, x)
@@ -420,9 +412,9 @@ class SEDDConfig:
     n_embd: int = 768
     cond_dim: int = 128  # width of the embedding of sigma
     dropout: float = 0.1
-    graph: Literal["absorb", "uniform"] = "absorb"
-    noise: Literal["loglinear", "geometric"] = "loglinear"
-    parameterization: Literal["score", "mean", "causal"] = "score"  # the last two are baselines, section 6
+    graph: str = "absorb"  # or uniform
+    noise: str = "loglinear"  # or geometric
+    parameterization: str = "score"  # or mean, or causal: baselines, section 6
 
     def __post_init__(self):
         for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "cond_dim":
@@ -580,9 +572,8 @@ class SEDD(Transformer):
     def nll(self, x0, num_times=128):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
-    def generate(self, prompt, steps, sampler="tweedie", callback=None, **how):
-        how |= {"prompt": prompt, "device": prompt.device, "callback": callback}
-        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, **how)
+    def generate(self, prompt, steps, sampler="tweedie", callback=None, **kw):
+        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback, **kw)
 
 
 MODELS = {"score": SEDD}

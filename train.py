@@ -590,6 +590,7 @@ def main():
               f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
         status = train(o, data, state, network, log, count, device, dtype)
     if WORLD > 1:
+        time.sleep(0.2)  # gloo's threads may still need the interpreter, which the next line holds while it awaits them
         dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
     if status:
         sys.exit(status)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -192,6 +193,7 @@ def test_no_number_of_rows_compiles_anew(first, size, parallel, tmp_path, monkey
         assert not counters["graph_break"]
     finally:
         if parallel:
+            time.sleep(0.2)  # as in train.main
             dist.destroy_process_group()
         torch._dynamo.reset()
 

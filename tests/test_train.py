@@ -619,7 +619,7 @@ def test_the_processes_share_the_noise_evenly(home, monkeypatch):
 def test_four_live_processes_share_the_noise_evenly(home):
     """The same, counted by 4 processes that torchrun starts, each of its own share, and put together by gloo."""
     (home / "count.py").write_text(f"""
-import sys
+import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 import sedd, train
@@ -635,6 +635,7 @@ dist.all_reduce(masked)
 if train.RANK == 0:
     backend = dist.group.WORLD._get_backend(torch.device("cpu")).name()
     print(dist.get_world_size(), backend, (masked.max(0).values / masked.mean(0)).max().item())
+time.sleep(0.2)  # as in train.main
 dist.destroy_process_group()
 """)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
