@@ -5,11 +5,11 @@ python tests/kill.py [KILLS]   about 4 minutes for the 50 kills it does by itsel
 
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen, run
 
 import torch
 
@@ -23,8 +23,8 @@ ARGS = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--cond_dim=16", "--block_si
 def start(folder, out, *args):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-u", str(ROOT / "train.py"), *ARGS, f"--out_dir={out}", *args]
-    return subprocess.Popen(command, cwd=folder, env=env | {"OMP_NUM_THREADS": "1"}, text=True, errors="replace",
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return Popen(command, cwd=folder, env=env | {"OMP_NUM_THREADS": "1"}, text=True, errors="replace",
+                            stdin=DEVNULL, stdout=PIPE, stderr=PIPE)  # fmt: skip
 
 
 def finish(folder, out, *args):
@@ -74,6 +74,6 @@ def trial(folder, kills, seed=0):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(ROOT / "prepare.py")], cwd=folder, check=True)
+        run([sys.executable, str(ROOT / "prepare.py")], cwd=folder, check=True)
         counts = trial(folder, int(sys.argv[1]) if sys.argv[1:] else 50)
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()) + ": the weights agree bit for bit")

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import quick
 import sedd
 import train
 from test_scripts import ROOT, TINY, call, works
@@ -203,9 +204,7 @@ def test_no_number_of_rows_compiles_anew(first, size, parallel, tmp_path, monkey
 
 def gpu_py(*args):
     command = [sys.executable, str(ROOT / "tests/gpu.py"), *args]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return quick.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,11 +5,12 @@ The README's own is of the kind that sedd.py has, and names its pi; walk.py is o
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import quick
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {"Frequency": ROOT / "README.md", "Walk": ROOT / "tests" / "walk.py"}
@@ -41,7 +42,7 @@ def edit(path, old, new):
 
 
 def run(fork, *args):
-    done = subprocess.run([sys.executable, *args], cwd=fork, capture_output=True, text=True)
+    done = quick.run([sys.executable, *args], cwd=fork, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

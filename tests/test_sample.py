@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import prepare
+import quick
 import sample
 from sedd import GPT, MODELS, SEDD, Absorbing, LogLinearNoise, SEDDConfig
 from sedd import sample as diffuse
@@ -473,8 +474,8 @@ class Terminal:
         main, side = pty.openpty()
         ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 20, 0, 0))
         env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--watch", *args], cwd=home, env=env,
-                                        stdin=side, stdout=side, stderr=side, start_new_session=True)  # fmt: skip
+        self.process = quick.Popen([sys.executable, str(ROOT / "sample.py"), "--watch", *args], cwd=home, env=env,
+                                   stdin=side, stdout=side, stderr=side, start_new_session=True)  # fmt: skip
         os.close(side)
         self.main, self.written = main, ""
 

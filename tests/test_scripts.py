@@ -8,6 +8,7 @@ import random
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 import prepare  # noqa: E402
+import quick  # noqa: E402
 import sample  # noqa: E402
 import sedd  # noqa: E402
 import train  # noqa: E402
@@ -40,8 +42,24 @@ def run(script, *args, cwd, launcher=(), **env):
     """The script in a process of its own, started in cwd."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"} | env
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    done = quick.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
     return CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def together(count, script, *args, cwd):
+    """The script in as many processes that know of each other, as torchrun would start them; what the first gave."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    env |= {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    processes = [
+        quick.Popen(command, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in map(str, range(count))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    status = max(abs(process.returncode) for process in processes)
+    return CompletedProcess(command, status, outputs[0][0], "".join(err for _, err in outputs))
 
 
 def call(script, *args, cwd):
@@ -423,7 +441,10 @@ def test_torchrun_gives_the_losses_of_one_process(home, one_process, processes, 
     args, reference = one_process
     out, launcher = f"p{processes}m{micro_batch_size}", [*TORCHRUN, f"--nproc-per-node={processes}"]
     args = [*args, f"--micro_batch_size={micro_batch_size}", f"--out_dir={out}"]
-    done = works(run("train.py", *args, cwd=home, launcher=launcher))
+    if micro_batch_size:
+        done = works(together(processes, "train.py", *args, cwd=home))
+    else:
+        done = works(run("train.py", *args, cwd=home, launcher=launcher, PYTHONUNBUFFERED="1"))  # none of quick.py's
     assert f"{processes} x cpu" in done.stdout
     assert_same_run(home / out, reference)
 

@@ -27,9 +27,11 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import kill
+import quick
 import sedd
 import train
-from test_scripts import ROOT, SIZES, TINY, TORCHRUN, L, assert_same, call, complains, files, read_log, run, works
+from test_scripts import ROOT, SIZES, TINY, TORCHRUN, L, assert_same, call, complains, files, read_log, run
+from test_scripts import together, works
 
 EXAMPLES = int(os.environ.get("FUZZ", 30))
 fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize="FUZZ" not in os.environ,
@@ -56,9 +58,9 @@ def home(tmp_path_factory):
 
 def launch(home, *args, launcher=(), script=ROOT / "train.py", **more):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-u", *launcher, str(script), *args], cwd=home, env=env,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            errors="replace", **more)  # fmt: skip
+    return quick.Popen([sys.executable, "-u", *launcher, str(script), *args], cwd=home, env=env,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                       errors="replace", **more)  # fmt: skip
 
 
 def wait_for(condition, process, seconds=60):
@@ -119,7 +121,7 @@ def test_the_printed_error_is_the_spread_over_seeds(home):
 def test_two_processes_print_the_bound_of_one(home):
     args = [*TINY, "--init_from=out", "--eval_only", "--eval_sequences=0", "--eval_split=test", "--eval_times=1"]
     one = works(call("train.py", *args, cwd=home))
-    two = works(run("train.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    two = works(together(2, "train.py", *args, cwd=home))
     assert one.stdout == two.stdout
     assert re.search(r"^out: bound \d\.\d{4} ", one.stdout, re.MULTILINE)
 
@@ -380,7 +382,8 @@ def test_sigint_during_an_evaluation(home):
     assert process.returncode == 130 and "Traceback" not in err
 
 
-def test_killed_again_and_again(home, tmp_path):
+def test_killed_again_and_again(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill, "Popen", quick.Popen)
     (tmp_path / "data").symlink_to(home / "data")
     counts = kill.trial(tmp_path, 3)
     assert counts["kills"] == 3 and counts["resumes"] >= 1
@@ -390,7 +393,7 @@ def second_of(process):
     """The process id of rank 1 below torchrun, or None."""
     for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         with contextlib.suppress(OSError):
-            if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            if Path(f"/proc/{pid}/comm").read_text() == "rank 1\n":  # see quick.py
                 return int(pid)
 
 
@@ -398,7 +401,7 @@ def test_torchrun_restarts_after_the_loss_of_a_process(home):
     """One process of two is told to stop, and all stop at one step; torchrun starts them again; one is killed."""
     args = [*TINY, "--dropout=0.1", "--max_steps=80", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
     launcher = [*TORCHRUN, "--nproc-per-node=2"]
-    works(run("train.py", *args, "--out_dir=quiet", cwd=home, launcher=launcher))
+    works(together(2, "train.py", *args, "--out_dir=quiet", cwd=home))
     # another run's checkpoint lies there, of the last step
     put_checkpoint(home, "robust", lambda saved: saved.update(step=80))
     process = launch(home, *args, "--out_dir=robust", launcher=[*launcher, "--max-restarts=3"])
@@ -527,7 +530,7 @@ def test_process_0_decides_for_all_whether_to_resume(home):
                                              "    see = pathlib.Path.is_file\n"
                                              "    pathlib.Path.is_file = lambda p: p.name != 'ckpt.pt' and see(p)")  # fmt: skip
     args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
-    done = works(run(home / "stale.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    done = works(together(2, home / "stale.py", *args, cwd=home))
     assert "steps 20 to 22" in done.stdout and checkpoint(home / "stale")["step"] == 22
 
 
@@ -640,7 +643,7 @@ dist.destroy_process_group()
 """)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TORCHRUN, "--nproc-per-node=4", "count.py"]
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=240)
+    done = quick.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     world, backend, busiest = done.stdout.split()
     assert (world, backend) == ("4", "gloo") and 1 <= float(busiest) <= 1.1
@@ -650,8 +653,7 @@ def test_weights_of_one_two_and_four_processes_agree(home):
     args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
             "--optimizer=adamw", "--learning_rate=0.002"]  # Muon counts in bfloat16: there a rounding can be much  # fmt: skip
     for count in 1, 2, 4:
-        launcher = [*TORCHRUN, f"--nproc-per-node={count}"]
-        works(run("train.py", *args, f"--out_dir=w{count}", cwd=home, launcher=launcher))
+        works(together(count, "train.py", *args, f"--out_dir=w{count}", cwd=home))
     one = checkpoint(home / "w1")["model"]
     for count in 2, 4:
         many = checkpoint(home / f"w{count}")["model"]
@@ -670,7 +672,7 @@ def test_dropout_differs_between_processes_and_steps(home):
                                              "    return x * mask\n"
                                              "torch.nn.Dropout.forward = forward")  # fmt: skip
     args = [*TINY, "--dropout=0.5", "--max_steps=2", "--out_dir=masks"]
-    works(run(home / "masks.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2"]))
+    works(together(2, home / "masks.py", *args, cwd=home))
     masks = [mask for rank in range(2) for mask in torch.load(home / f"masks{rank}.pt")]
     assert len(masks) == 8 and {mask.shape for mask in masks} == {(2, L, 32)}
     for a, b in itertools.combinations(masks, 2):
