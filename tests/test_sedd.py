@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sedd
+import train
 from sedd import SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, sample
 
 V = 5
@@ -589,12 +590,12 @@ def test_a_tiny_model_memorises_a_sentence_and_both_samplers_write_it(name):
     turns = circle[(torch.arange(n)[:, None] + torch.arange(n)) % n]  # (n, n), every rotation
     torch.manual_seed(0)
     model = SEDD(SEDDConfig(len(chars), n, 2, 2, 64, 32, dropout=0.0, graph=name))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 900)
-    for _ in range(900):
-        diffusion_loss(model, model.graph, model.noise, turns.repeat(6, 1)).mean().backward()
+    state, o = train.State(model, train.Options()), train.Options(max_steps=350)
+    for step in range(350):
+        (diffusion_loss(model, model.graph, model.noise, turns.repeat(6, 1)).mean() / n).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad(), decay.step()
+        state.update(train.learning_rate(o, step), o.ema)
+        model.zero_grad()
     model.eval()
     for sampler in ("euler", "tweedie"):
         written = sample(model, model.graph, model.noise, (128, n), 64, sampler)

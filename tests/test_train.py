@@ -503,7 +503,7 @@ def test_two_nodes_go_on_together_after_the_loss_of_a_process(home):
     (home / "slow.py").write_text(WRAPPED % "import time\n"
                                             "join = dist.init_process_group\n"
                                             "def late(*args, **kwargs):\n"
-                                            "    time.sleep(5 if os.environ['RANK'] == '0' else 0)\n"
+                                            "    time.sleep(2 if os.environ['RANK'] == '0' else 0)\n"
                                             "    join(*args, **kwargs)\n"
                                             "dist.init_process_group = late")  # fmt: skip
     args = [*TINY, "--max_steps=100", "--save_interval=5", "--log_interval=1", "--eval_interval=999", "--out_dir=nodes"]
