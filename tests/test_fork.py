@@ -49,7 +49,7 @@ def run(fork, *args):
 
 def test_it_passes_the_tests_of_a_graph(fork):
     fork, name = fork
-    left_out = "euler or wrong_scores or reconstruction or geometric"  # these take long
+    left_out = "euler or wrong_scores or reconstruction or geometric or prior_term"  # these take long
     if name == "Walk":  # it jumps at more than rate 1: long steps magnify the rounding of float32 scores beyond use
         left_out += " or every_step"
     quick = f"{name} and not ({left_out})"

@@ -13,6 +13,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import quick
 import sedd
 import train
 from sedd import SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, sample
@@ -423,16 +424,18 @@ def print_launches():
     print(repr((seen.count, kernels, sorted(size for size in seen.sizes if max(size) > 50_000))))
 
 
-def test_head_and_loss_are_few_launches():
+def test_head_and_loss_are_few_launches(tmp_path):
     """32 x 1024 tokens, half masked, in the blocks of rows that CUDA gets: at most 600 launches, forward and backward.
 
     An operation is one however large its tensors are, so the rows, and the rows of a block, are cut to a 64th. A launch
     is an operation or a compiled kernel; what the network without blocks does below the head is counted too. There are
     two blocks of rows, and each runs every kernel once.
     """
-    command = [sys.executable, "-c", "import test_sedd; test_sedd.print_launches()"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(sedd.__file__).parent)})  # fmt: skip
+    path = [str(Path(file).parent) for file in (sedd.__file__, __file__)]
+    (tmp_path / "fresh.py").write_text(
+        f"import sys\nsys.path += {path}\nimport test_sedd\ntest_sedd.print_launches()\n"
+    )
+    done = quick.run([sys.executable, tmp_path / "fresh.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     operations, kernels, sizes = eval(done.stdout)
     assert kernels > 0 and operations + 2 * kernels <= 600
