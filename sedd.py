@@ -137,7 +137,7 @@ class Graph:
     def ratio(self, sigma, x, x0):
         """c and r_x0 (...): the ratio r = p(y | x0) / p(x | x0) is c pi_y at every y but x0, and r_x0 at x0."""
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
-        p_x = a * (x == x0) + hit * pi_x  # p(x | x0)
+        p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
         return hit / p_x, (a + hit * self.pi(x0, sigma.dtype)) / p_x
 
@@ -147,9 +147,9 @@ class Graph:
         It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there; at y = x it gives zero:
         s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
         """
-        y, (c, r_x0) = torch.arange(self.num_states, device=x.device), ratio or self.ratio(sigma, x, x0)
-        pi, c = self.pi(y, log_score.dtype), c[..., None]
-        at_x0 = y == x0[..., None]
+        y = torch.arange(self.num_states, device=x.device)
+        c, r_x0 = ratio or self.ratio(sigma, x, x0)
+        pi, c, at_x0 = self.pi(y, log_score.dtype), c[..., None], y == x0[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
@@ -298,7 +298,10 @@ def sample_categorical(probs, top_p=1.0):
 
 
 def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
-    """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step."""
+    """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step.
+
+    scores_at(x, sigma) is a function from places rows (R,) in x.flatten() to the log scores there (R, S).
+    """
     size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)  # places at a time
     shape, x, free = x.shape, x.flatten(), free.flatten()
     sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
@@ -381,7 +384,8 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
         raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
     free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
-    scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)  # as SEDD's
+    # SEDD computes only the scores that are asked for
+    scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)
     states = (first_hitting(scores_at, graph, noise, x, top_p) if sampler == "exact" else
               steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
     for step, x in enumerate(itertools.chain([x], states)):

@@ -38,9 +38,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0
 L = SIZES["block_size"]
 
 
+def environment():
+    """Of a process that is one of no others, and has one thread."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+
+
 def run(script, *args, cwd, launcher=(), **env):
     """The script in a process of its own, started in cwd."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"} | env
+    env = environment() | env
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, args)]
     done = quick.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
     return CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -50,8 +55,8 @@ def together(count, script, *args, cwd):
     """The script in as many processes that know of each other, as torchrun would start them; what the first gave."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    env |= {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"} | env
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    env = environment() | meet
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     processes = [
         quick.Popen(command, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdin=subprocess.DEVNULL,

@@ -30,8 +30,9 @@ import kill
 import quick
 import sedd
 import train
-from test_scripts import ROOT, SIZES, TINY, TORCHRUN, L, assert_same, call, complains, files, read_log, run
-from test_scripts import together, works
+from test_scripts import (
+    ROOT, SIZES, TINY, TORCHRUN, L, assert_same, call, complains, environment, files, read_log, run, together, works,
+)  # fmt: skip
 
 EXAMPLES = int(os.environ.get("FUZZ", 30))
 fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize="FUZZ" not in os.environ,
@@ -57,8 +58,7 @@ def home(tmp_path_factory):
 
 
 def launch(home, *args, launcher=(), script=ROOT / "train.py", **more):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return quick.Popen([sys.executable, "-u", *launcher, str(script), *args], cwd=home, env=env,
+    return quick.Popen([sys.executable, "-u", *launcher, str(script), *args], cwd=home, env=environment(),
                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                        errors="replace", **more)  # fmt: skip
 
@@ -331,15 +331,8 @@ def test_training_does_not_depend_on_its_output(home, shell):
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_training_does_not_depend_on_its_readers(home, name):
     """They may leave after a line; what goes elsewhere meets a full disk."""
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "train.py"),
-        *TINY,
-        f"--out_dir={name}",
-        "--max_steps=6",
-        "--eval_interval=1",
-    ]
+    args = [*TINY, f"--out_dir={name}", "--max_steps=6", "--eval_interval=1"]
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *args]
     with open("/dev/full", "w") as full:
         process = quick.Popen(command, cwd=home, **{"stdout": full, "stderr": full, name: subprocess.PIPE})
     stream = getattr(process, name)
@@ -662,9 +655,8 @@ if train.RANK == 0:
 time.sleep(0.2)  # as in train.main
 dist.destroy_process_group()
 """)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TORCHRUN, "--nproc-per-node=4", "count.py"]
-    done = quick.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=240)
+    done = quick.run(command, cwd=home, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     world, backend, busiest = done.stdout.split()
     assert (world, backend) == ("4", "gloo") and 1 <= float(busiest) <= 1.1
