@@ -302,7 +302,7 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
 
     scores_at(x, sigma) is a function from places rows (R,) in x.flatten() to the log scores there (R, S).
     """
-    size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states)  # places at a time
+    size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states // 2)  # places at a time; draws are in float64
     shape, x, free = x.shape, x.flatten(), free.flatten()
     sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
     sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
@@ -314,9 +314,7 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
             if sampler == "euler" and after:
                 step_probs, dsigma = euler_probs, rates[step] / steps
             log_score = scores_at(x.view(shape), torch.full(shape[:1], sigma, device=x.device))
-
-            def chances(part):
-                """At places part (R,) of x: the chance to stay (R,), and those to jump to each state (R, S), 0 at x."""
+            for part in rows.split(size):
                 here, score = x[part], log_score(part)
                 # a step magnifies rounding by up to e^sigma (and MPS has no float64)
                 score = (score.double() if sigma > 9 and x.device.type != "mps" else score).exp_()
@@ -324,13 +322,11 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
                 if fresh is not None:
                     clean = denoise_probs(graph, score, torch.full_like(score[:, 0], sigma), here)
                     probs = torch.where(fresh[part, None], clean, probs)
-                return probs.gather(-1, here[:, None])[:, 0], probs.scatter_(-1, here[:, None], 0.0)
 
-            # Few tokens jump: draw first which do, and only for these, where to. A GPU waits once, for their number.
-            weights = [torch.stack([stay, jumps.sum(-1)], -1) for stay, jumps in map(chances, rows.split(size))]
-            jumping = sample_categorical(torch.cat(weights)).nonzero()[:, 0]
-            for part in rows[jumping].split(size) if len(jumping) else ():
-                x = x.scatter(0, part, sample_categorical(chances(part)[1], top_p))
+                # Few tokens jump: draw first which do, and only for these, where to. A GPU waits for their number.
+                stay, jumps = probs.gather(-1, here[:, None]), probs.scatter_(-1, here[:, None], 0.0)
+                jumping = sample_categorical(torch.cat([stay, jumps.sum(-1, keepdim=True)], -1)).nonzero()[:, 0]
+                x = x.scatter(0, part[jumping], sample_categorical(jumps[jumping], top_p))
         if fresh is not None:
             x = torch.where(fresh, graph.sample_transition(x, torch.tensor(after, device=x.device)), x)
         yield x.view(shape)

@@ -1,5 +1,6 @@
 """What costs a GPU its time, and can be seen without one: waiting for the host, and compiling again and again."""
 
+import math
 import os
 import subprocess
 import sys
@@ -135,24 +136,27 @@ def test_a_training_step_waits_once_and_once_a_micro_batch(options, count, home,
         assert sorted(seen) == ["nonzero"] * (0 if "causal" in options else count) + ["tolist"]
 
 
-@pytest.mark.parametrize("rows", [10**6, 50])  # at a time: all, or a fifth
+@pytest.mark.parametrize("size", [10**6, 50])  # places at a time: all, or a fifth
 @pytest.mark.parametrize("sampler", ["tweedie", "euler"])
 @pytest.mark.parametrize("name", ["score", "mean"])
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
-def test_a_sampling_step_waits_twice(graph, name, sampler, rows, monkeypatch):
-    """For the positions that can change, and for those that do."""
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", rows * 64)
-    model, waiting, steps = random_model(graph, name).eval(), Waiting(), []
+def test_a_sampling_step_waits_once_and_once_a_block(graph, name, sampler, size, monkeypatch):
+    """For the places that can change, and in each block of them for those that do: twice, where there is one block."""
+    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2 * size * 64)
+    model, waiting, steps, blocks = random_model(graph, name).eval(), Waiting(), [], []
 
     def callback(step, x):
         steps.append(waiting.seen)
-        waiting.seen = []
+        waiting.off = True
+        blocks.append(math.ceil(model.graph.can_change(x).sum().item() / size))
+        waiting.seen, waiting.off = [], False
 
     with waiting, Fetching(waiting):
         model.generate(torch.full((B, L), -1), 5, sampler, callback)
     schedule, steps[1] = steps[1][:2], steps[1][2:]
     assert schedule == ["tolist"] * 2  # sigma and its rate, which are on the host, once
-    assert steps[1:] == [["nonzero"] * 2] * 5
+    assert blocks[0] == (1 if size == 10**6 else 6)
+    assert steps[1:] == [["nonzero"] * (1 + count) for count in blocks[:5]]
 
 
 # ------------------------------------------------------------------------------------------------ compiling again
