@@ -596,15 +596,14 @@ class D3PM(SEDD):
     def log_score(self, logits, sigma, x):
         """Logits of mu (..., S), sigma and x (...) -> log score (..., S), 0 at y = x.
 
-        With a = e^-sigma, b = 1 - a: s_y = mu_y a / (b pi_x) + (pi_y / pi_x) (1 - mu_x a / (a + b pi_x)), for y != x.
+        With b = e^sigma - 1: s_y = mu_y / (b pi_x) + (pi_y / pi_x) (1 - mu_x / (1 + b pi_x)), for y != x.
         """
-        y, x = torch.arange(self.graph.num_states, device=x.device), x[..., None]
-        a, b = torch.exp(-sigma)[..., None], -torch.expm1(-sigma)[..., None]
-        pi, pi_x = self.graph.pi(y, a.dtype), self.graph.pi(x, a.dtype)
-        log_mu = logits.to(a.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
+        y, x, b = torch.arange(self.graph.num_states, device=x.device), x[..., None], torch.expm1(sigma)[..., None]
+        pi, pi_x = self.graph.pi(y, b.dtype), self.graph.pi(x, b.dtype)
+        log_mu = logits.to(b.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
         rest = torch.where(y == x, 0.0, log_mu.exp()).sum(-1, keepdim=True).clamp(min=1e-30)  # 1 - mu_x, not rounded
-        others = torch.log(b / a * pi) + torch.log(rest + (1 - rest) * b * pi_x / (a + b * pi_x))
-        log_score = torch.logaddexp(log_mu, others) - torch.log(torch.where(pi_x > 0, pi_x, 1.0) * b / a)
+        others = torch.log(b * pi) + torch.log(rest + (1 - rest) * b * pi_x / (1 + b * pi_x))
+        log_score = torch.logaddexp(log_mu, others) - torch.log(b * torch.where(pi_x > 0, pi_x, 1.0))
         return torch.where(y == x, 0.0, log_score)
 
 
