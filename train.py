@@ -620,10 +620,11 @@ def train(o, data, state, network, log, count, device, dtype):
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
 
-        flags = torch.stack([~(norm + loss).isfinite(), torch.full((), max(caught, default=0), device=device)])
+        sums = torch.stack([loss / WORLD, norm / WORLD, norm.new_full((), len(caught))])
         if WORLD > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, stop = flags.tolist()
+            dist.all_reduce(sums)
+        loss, norm, stop = sums.tolist()
+        bad = not math.isfinite(loss + norm)  # of one process, of all
         if not bad:
             state.update(learning_rate(o, step), o.ema)
         model.zero_grad()
@@ -633,17 +634,15 @@ def train(o, data, state, network, log, count, device, dtype):
             give_up(o, step)
         scaler.update()
         state.step = step + 1
-        losses.append(loss * math.nan if bad else loss)
+        losses.append(math.nan if bad else loss)
         seconds += time.perf_counter() - began
 
         record, last = {}, stop or state.step == o.max_steps
         if state.step % o.log_interval == 0 or last:
-            mean, skipped = torch.stack(losses).nanmean(), torch.stack(losses).isnan().sum().item()
-            if WORLD > 1:
-                dist.all_reduce(mean)
-            record = {"loss": mean.item() / WORLD, "norm": norm.item(), "lr": learning_rate(o, step)}
+            record = {"loss": torch.tensor(losses).nanmean().item(), "norm": norm, "lr": learning_rate(o, step)}
             record |= speed(o, model, seconds / len(losses), device, dtype)
-            record |= {"skipped": skipped} if skipped else {}
+            if skipped := sum(map(math.isnan, losses)):
+                record["skipped"] = skipped
             bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
             losses, seconds = [], 0.0
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
@@ -663,7 +662,7 @@ def train(o, data, state, network, log, count, device, dtype):
     if saved:
         print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
                             if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
-    return 128 + stop if stop else int(not saved)
+    return 128 + max(caught, default=signal.SIGTERM) if stop else int(not saved)
 
 
 def give_up(o, step):
