@@ -337,8 +337,12 @@ class Data:
             fail(f"{self.folder} has a token {x0.max()} beyond its vocabulary: python prepare.py {self.folder.name}")
         return x0
 
-    def batch(self, o, step, model):
-        """x0 (B, L), times t (B,) and noised x (B, L) of a step: all of its batch, a pure function of (seed, step).
+    def batch(self, o, step, model, pin=False):
+        """This process's share of a step's batch in micro-batches (x0 (B, L), times t (B,), noised x (B, L)).
+
+        All of it is a pure function of (seed, step). A share is every WORLD-th sequence, a micro-batch every n-th of
+        these: as the times are spread over the batch, each has its part of every noise level, and none more work than
+        the others. `pin` is for CUDA, which fetches what lies in pinned memory without waiting.
 
         The times of the batch are one low-discrepancy set: uniform, or pushed towards 1/2, to where most of the
         learning is (arXiv 2605.13026). That changes how much each noise level counts in the training loss, which then
@@ -352,20 +356,11 @@ class Data:
         t = (T_MIN + (1 - T_MIN) * t).float()
         choices = len(self.splits["train"]) - o.block_size + 1
         x0 = self.read("train", torch.randint(choices, (o.batch_size,), generator=generator).numpy())
-        return x0, t, model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
-
-
-def micro_batches(data, o, step, model, device, count):
-    """This process's share of a step's batch, as `count` tuples (x0, t, x), in pinned memory for CUDA.
-
-    It is every WORLD-th sequence, and a micro-batch every count-th of these. As the times are spread over the batch,
-    each has its part of every noise level, and none of them more work than the others.
-    """
-    share = [tensor[RANK::WORLD] for tensor in data.batch(o, step, model)]
-    parts = [[tensor[i::count] for tensor in share] for i in range(count)]
-    if device.type == "cuda":
-        parts = [[tensor.contiguous().pin_memory() for tensor in part] for part in parts]
-    return parts
+        x = model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
+        share = x0[RANK::WORLD], t[RANK::WORLD], x[RANK::WORLD]
+        n = math.ceil(len(share[0]) / (o.micro_batch_size or o.batch_size))
+        parts = [[tensor[i::n].contiguous() for tensor in share] for i in range(n)]
+        return [[tensor.pin_memory() for tensor in part] for part in parts] if pin else parts
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -537,16 +532,6 @@ def begin(explicit, store):
     return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
 
 
-def count_micro_batches(o):
-    """How many micro-batches a process takes for its share of a batch."""
-    share, left = divmod(o.batch_size, WORLD)
-    micro = max(1, min(o.micro_batch_size or share, share))
-    if left or share % micro:
-        fail(f"batch_size={o.batch_size} cannot be shared by {WORLD} processes in micro-batches of {micro}: "
-             f"try --batch_size={max(1, round(o.batch_size / WORLD / micro)) * WORLD * micro}")  # fmt: skip
-    return share // micro
-
-
 def main():
     explicit = parse(Options)
     store = join_processes() if WORLD > 1 else None
@@ -571,7 +556,9 @@ def main():
         print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
         status = 0
     else:
-        count, state = count_micro_batches(o), State(model, o, dtype)
+        if o.batch_size < WORLD:
+            fail(f"batch_size={o.batch_size} leaves nothing to some of {WORLD} processes: try --batch_size={WORLD}")
+        state = State(model, o, dtype)
         if checkpoint:
             state.load(checkpoint)
         log = open_log(o, state.step) if RANK == 0 else None
@@ -588,7 +575,7 @@ def main():
               f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
               f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
               f"{o.max_steps}; output in {o.out_dir}/")  # fmt: skip
-        status = train(o, data, state, network, log, count, device, dtype)
+        status = train(o, data, state, network, log, device, dtype)
     if WORLD > 1:
         time.sleep(0.2)  # gloo's threads may still need the interpreter, which the next line holds while it awaits them
         dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
@@ -596,26 +583,27 @@ def main():
         sys.exit(status)
 
 
-def train(o, data, state, network, log, count, device, dtype):
-    """The steps that are left, each in `count` micro-batches; returns the exit status."""
+def train(o, data, state, network, log, device, dtype):
+    """The steps that are left; returns the exit status."""
     model, scaler, path, tokenizer = state.model.train(), state.scaler, Path(o.out_dir) / "ckpt.pt", None
     with contextlib.suppress(OSError):  # GPT-2's BPE files are not to be had: then no text is shown
         tokenizer = Tokenizer(data.meta)
     bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
     losses, seconds, in_a_row, stop, saved, caught = [], 0.0, 0, 0, True, catch_signals()
-    batch = micro_batches(data, o, state.step, model, device, count)
+    pin = device.type == "cuda"
+    batch = data.batch(o, state.step, model, pin)
     for step in range(state.step, o.max_steps):
         began = time.perf_counter()
         torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
         loss = 0.0
         for i, part in enumerate(batch):
-            x0, t, x = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in part)
-            network.require_backward_grad_sync = i == count - 1
-            with autocast(device, dtype), training_attention(device):
-                part_loss = model.loss(x0, t, x, network).mean() / (count * o.block_size)
+            x0, t, x = (tensor.to(device, non_blocking=pin) for tensor in part)
+            network.require_backward_grad_sync = i == len(batch) - 1
+            with autocast(device, dtype), training_attention(device):  # DDP will take the mean over the processes
+                part_loss = model.loss(x0, t, x, network).sum() * WORLD / (o.batch_size * o.block_size)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        batch = micro_batches(data, o, step + 1, model, device, count)  # while a GPU is still busy with this one
+        batch = data.batch(o, step + 1, model, pin)  # while a GPU is still busy with this one
         for optimizer in state.optimizers.values():
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)

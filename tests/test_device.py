@@ -115,9 +115,9 @@ def test_the_count_sees_the_backward_pass():
 def test_a_training_step_waits_once_and_once_a_micro_batch(options, count, home, monkeypatch):
     """The batch is made on the host, and waits for nobody. It is asked for in the middle of each step."""
     waiting, steps = Waiting(), []
-    make = train.micro_batches
+    make = train.Data.batch
 
-    def micro_batches(*args):
+    def batch(*args):
         steps.append(waiting.seen)
         waiting.seen, waiting.off = [], True
         try:
@@ -125,7 +125,7 @@ def test_a_training_step_waits_once_and_once_a_micro_batch(options, count, home,
         finally:
             waiting.off = False
 
-    monkeypatch.setattr(train, "micro_batches", micro_batches)
+    monkeypatch.setattr(train.Data, "batch", batch)
     monkeypatch.chdir(home)
     args = [*TINY, f"--micro_batch_size={4 // count}", "--max_steps=6", "--log_interval=99", "--eval_interval=99"]
     monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out_dir=waits", *options.split()])

@@ -441,7 +441,7 @@ def assert_same_run(out, reference):
     assert log[-1]["val_bound"] == pytest.approx(reference[-1]["val_bound"], abs=1e-4)
 
 
-@pytest.mark.parametrize("processes, micro_batch_size", [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("processes, micro_batch_size", [(1, 0), (2, 0), (2, 1), (3, 1)])
 def test_torchrun_gives_the_losses_of_one_process(home, one_process, processes, micro_batch_size):
     args, reference = one_process
     out, launcher = f"p{processes}m{micro_batch_size}", [*TORCHRUN, f"--nproc-per-node={processes}"]
@@ -454,7 +454,7 @@ def test_torchrun_gives_the_losses_of_one_process(home, one_process, processes, 
     assert_same_run(home / out, reference)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_gradient_accumulation_gives_the_same_losses(home, one_process, micro_batch_size):
     args, reference = one_process
     works(call("train.py", *args, f"--micro_batch_size={micro_batch_size}", "--out_dir=micro", cwd=home))
@@ -611,7 +611,6 @@ BAD = {
         ("--block_size=-5", "block_size=-5", "at least 1"),
         ("--batch_size=0", "batch_size=0"),
         ("--batch_size=-4", "batch_size=-4"),
-        ("--micro_batch_size=3", "batch_size=4", "micro-batches of 3", "--batch_size=3"),
         ("--micro_batch_size=-1", "micro_batch_size=-1"),
         ("--max_steps=0", "max_steps=0", "at least 1"),
         ("--max_steps=-3", "max_steps=-3", "at least 1"),
@@ -717,8 +716,8 @@ def test_bad_input_in_a_real_process(desk, script, line, words):
 
 def test_batch_that_the_processes_cannot_share(desk, monkeypatch):
     before = files(desk)
-    done = run("train.py", *TINY, "--micro_batch_size=2", cwd=desk, launcher=[*TORCHRUN, "--nproc-per-node=3"])
-    words = "train.py: error: batch_size=4 cannot be shared by 3 processes in micro-batches of 1: try --batch_size=3"
+    done = run("train.py", *TINY, "--batch_size=2", cwd=desk, launcher=[*TORCHRUN, "--nproc-per-node=3"])
+    words = "train.py: error: batch_size=2 leaves nothing to some of 3 processes: try --batch_size=3"
     lines = [line for line in done.stderr.splitlines() if "train.py: error: " in line]
     assert done.returncode and lines and all(words in line for line in lines), done.stderr
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -459,10 +460,13 @@ def test_a_stopped_run_of_the_defaults_ends_at_the_same_bits(home):
 
 def test_a_micro_batch_is_never_larger_than_the_share(home, monkeypatch):
     works(call("train.py", *TINY, "--micro_batch_size=32", "--max_steps=1", "--out_dir=small_share", cwd=home))
-    owt = train.Options(batch_size=512, micro_batch_size=32)
-    for world, count in (1, 16), (8, 2), (16, 1), (32, 1), (512, 1):
+    owt = train.Options(batch_size=512, micro_batch_size=32, data_dir=str(home / "data"))
+    data = train.Data(owt)
+    model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
+    for world, count in (1, 16), (8, 2), (16, 1), (32, 1), (512, 1), (5, 4), (100, 1):
         monkeypatch.setattr(train, "WORLD", world)
-        assert train.count_micro_batches(owt) == count
+        batch = data.batch(owt, 0, model)
+        assert len(batch) == count and max(len(x0) for x0, _, _ in batch) <= 32
 
 
 def test_fine_tuning_with_another_length_and_dropout(home):
@@ -605,7 +609,7 @@ def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times)
     data = train.Data(o)
     model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
     for step in range(5):
-        _, t, _ = data.batch(o, step, model)
+        ((_, t, _),) = data.batch(o, step, model)
         assert t.min() >= 1e-3 and t.max() <= 1
         even = (t.double() - 1e-3) / (1 - 1e-3)
         even = torch.special.ndtr(torch.logit(even)) if times == "logit_normal" else even
@@ -618,15 +622,19 @@ def test_training_times_are_even_and_leave_out_the_first_thousandth(home, times)
 def test_the_processes_share_the_noise_evenly(home, monkeypatch):
     """Of the masked positions of a step the busiest of 4 processes has hardly more than its part: all wait for it."""
     o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20, data_dir=str(home / "data"))
+    share = replace(o, micro_batch_size=16)
     data = train.Data(o)
     model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
-    monkeypatch.setattr(train, "WORLD", 4)
     masked = torch.zeros(4, 20)
     for step in range(20):
-        whole = data.batch(o, step, model)
+        monkeypatch.setattr(train, "RANK", 0)
+        monkeypatch.setattr(train, "WORLD", 1)
+        (whole,) = data.batch(o, step, model)
+        monkeypatch.setattr(train, "WORLD", 4)
         for rank in range(4):
             monkeypatch.setattr(train, "RANK", rank)
-            parts = train.micro_batches(data, o, step, model, torch.device("cpu"), 2)
+            parts = data.batch(share, step, model)
+            assert len(parts) == 2
             for i, part in enumerate(parts):
                 assert_same(part, [tensor[rank::4][i::2] for tensor in whole])
             masked[rank, step] = sum((x == model.graph.mask_id).sum() for _, _, x in parts)
@@ -641,12 +649,12 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 import sedd, train
 train.join_processes()
-o = train.Options(block_size=128, batch_size=128, times="uniform", max_steps=20)
+o = train.Options(block_size=128, batch_size=128, micro_batch_size=16, times="uniform", max_steps=20)
 data = train.Data(o)
 model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
 masked = torch.zeros(4, 20)
 for step in range(20):
-    parts = train.micro_batches(data, o, step, model, torch.device("cpu"), 2)
+    parts = data.batch(o, step, model)
     masked[train.RANK, step] = sum((x == model.graph.mask_id).sum() for _, _, x in parts)
 dist.all_reduce(masked)
 if train.RANK == 0:
@@ -696,10 +704,10 @@ def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
     """A strided tensor would be copied through memory that is not pinned. (Without a GPU there is none to pin.)"""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    o = train.Options(**SIZES, data_dir=str(home / "data"))
+    o = train.Options(**SIZES, micro_batch_size=2, data_dir=str(home / "data"))
     data = train.Data(o)
     model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, L, 1, 2, 32, 16))
-    a, b = (train.micro_batches(data, o, 3, model, torch.device(name), 2) for name in ("cpu", "cuda"))
+    a, b = (data.batch(o, 3, model, pin) for pin in (False, True))
     assert_same(a, b)
     assert len(pinned) == 6 and all(tensor.is_contiguous() for tensor in pinned)
 
@@ -821,7 +829,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most, in
     o = train.Options(**SIZES, data_dir=str(home / "data"))
     model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
     data = train.Data(o)
-    seen = [{*data.batch(o, step, model)[2].flatten().tolist()} for step in range(20, 50)]
+    seen = [{*x.flatten().tolist()} for step in range(20, 50) for _, _, x in data.batch(o, step, model)]
     spoilt = ([token in tokens for tokens in seen] for token in range(meta["vocab_size"]))
     token, spoilt = next((token, steps) for token, steps in enumerate(spoilt)
                          if least <= sum(steps) <= most and "1" * 10 not in "".join(str(int(step)) for step in steps))  # fmt: skip
