@@ -366,10 +366,10 @@ class Data:
 # ----------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, data, o, device, dtype, tell=False):
+def evaluate(model, data, o, device, dtype, name, tell=False):
     """Mean likelihood bound (exact for GPT) over blocks of a split, and its standard error, in nats per token.
 
-    Sequences, times and noise are the same at every call and for every number of processes.
+    Prints them after `name`, and returns them under the names that they have in the log. Sequences, times and noise are the same at every call and for every number of processes.
     """
     tokens, L = data.splits[o.eval_split], o.block_size
     total = len(tokens) // L
@@ -386,14 +386,13 @@ def evaluate(model, data, o, device, dtype, tell=False):
             bounds[part] = model.nll(x0, o.eval_times).cpu()
     if WORLD > 1:
         dist.all_reduce(bounds)
-    bounds = bounds.double() / L
-    return bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
-
-
-def describe(model, bound, error, bytes_per_token):
-    name, at_most = ("nll", "") if model.causal else ("bound", "≤ ")
-    text = f"{name} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}{math.exp(min(bound, 700)):.2f}"
-    return text + (f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else "")
+    bounds, bytes_per_token = bounds.double() / L, data.bytes[o.eval_split]
+    bound, error = bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
+    kind, at_most = ("nll", "") if model.causal else ("bound", "≤ ")
+    bits = f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else ""
+    tqdm.write(f"{name} {kind} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}"
+               f"{math.exp(min(bound, 700)):.2f}{bits}")  # fmt: skip
+    return {f"{o.eval_split}_{kind}": bound, f"{o.eval_split}_error": error}
 
 
 def sample_line(model, tokenizer, seed, device, dtype):
@@ -551,9 +550,8 @@ def main():
         model.load_state_dict(trained.state_dict())
     model.to(device)
     if o.eval_only:
-        bound, error = evaluate(model.eval(), data, o, device, dtype, tell=True)
         name = f"step {checkpoint['step']}" if checkpoint else o.init_from if trained else "step 0"
-        print(f"{name}: {describe(model, bound, error, data.bytes[o.eval_split])}")
+        evaluate(model.eval(), data, o, device, dtype, f"{name}:", tell=True)
         status = 0
     else:
         if o.batch_size < WORLD:
@@ -634,9 +632,7 @@ def train(o, data, state, network, log, device, dtype):
             bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
             losses, seconds = [], 0.0
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
-            bound, error = evaluate(state.average, data, o, device, dtype)
-            record |= {f"{o.eval_split}_{'nll' if model.causal else 'bound'}": bound, f"{o.eval_split}_error": error}
-            bar.write(f"step {state.step}: {o.eval_split} {describe(model, bound, error, data.bytes[o.eval_split])}")
+            record |= evaluate(state.average, data, o, device, dtype, f"step {state.step}: {o.eval_split}")
             if log and tokenizer:
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
         bar.update()

@@ -125,7 +125,7 @@ def test_bound(out, dataset):
     o = Options(dataset=dataset, data_dir=ROOT / "data", block_size=model.config.block_size, eval_only=True,
                 eval_split="test", eval_sequences=0, eval_times=8, seed=0)  # fmt: skip
     device = find_device("cpu")
-    return evaluate(model, Data(o), o, device, find_dtype("auto", device))
+    return evaluate(model, Data(o), o, device, find_dtype("auto", device), f"{out.name}:").values()
 
 
 def best_rate(system):
