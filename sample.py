@@ -136,14 +136,14 @@ def main():
     if not o.init_from and not os.path.isfile(f"{start}/ckpt.pt"):
         load_checkpoint(f"{start}/ckpt.pt")  # says what to do; out_dir never means the hub
     device = find_device(o.device)
-    model, meta = load_model(start)
-    if meta is None:
+    model, checkpoint = load_model(start)
+    if "tokenizer" not in checkpoint["meta"]:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
     if model.causal and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler", "eta"}):
         fail(f"{start!r} holds a GPT, which writes from left to right, a token a step: leave out --{min(odd)}")
     if o.sampler == "exact" and "steps" in explicit:
         fail("sampler='exact' calls the network once for each token: leave out --steps")
-    tokenizer = Tokenizer(meta)
+    tokenizer = Tokenizer(checkpoint["meta"])
     try:
         prompt = build_prompt(o, tokenizer, model.config.block_size)
     except ValueError as error:

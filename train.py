@@ -184,19 +184,19 @@ def load_checkpoint(path):
 
 
 def load_model(start):
-    """A trained model (on the CPU, in evaluation mode) and the meta of its data, None where nothing tells it.
+    """A trained model (on the CPU, in evaluation mode) and a dict with the meta of its data.
 
     `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
-    repository in the published format. Fails in one line at anything else.
+    repository in the published format, where only GPT-2's tokens are known. Fails in one line at anything else.
     """
     if os.path.isfile(Path(start) / "ckpt.pt"):
-        model, checkpoint = load_checkpoint(Path(start) / "ckpt.pt")
-        return model, checkpoint["meta"]
+        return load_checkpoint(Path(start) / "ckpt.pt")
     try:
         model = SEDD.from_pretrained(start)
     except (ImportError, ValueError) as error:
         fail(error)
-    return model, {"tokenizer": "gpt2", "vocab_size": 50257} if model.config.vocab_size == 50257 else None
+    V = model.config.vocab_size
+    return model, {"meta": {"vocab_size": V} | ({"tokenizer": "gpt2"} if V == 50257 else {})}
 
 
 def check_finite(*parts):
@@ -241,7 +241,8 @@ class State:
     in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
     """
 
-    def __init__(self, model, o, dtype=torch.float32):
+    def __init__(self, model, o, dtype=torch.float32, checkpoint=None):
+        """`checkpoint`: what to go on with; `model` has its average already."""
         self.model, self.average, self.step = model, copy.deepcopy(model).eval().requires_grad_(False), 0
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=dtype == torch.float16)
         named = model.blocks.named_parameters() if o.optimizer == "muon" else []
@@ -252,6 +253,13 @@ class State:
         if matrices:
             self.optimizers["muon"] = Muon([*matrices], 0.0, o.weight_decay)
             self.optimizers["muon"].dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        if checkpoint:
+            self.step = checkpoint["step"]
+            model.load_state_dict(checkpoint["model"])
+            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())  # empty: not of float16
+            for name, optimizer in self.optimizers.items():
+                # what it remembers, but with the options that were given now
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
 
     def update(self, lr, ema):
         """One step of the optimisers, with the gradients that there are, and of the average."""
@@ -288,16 +296,6 @@ class State:
             tqdm.write(f"warning: step {self.step} was not saved ({error}); {path} is what it was", sys.stderr)
             return False
         return True
-
-    def load(self, checkpoint):
-        self.model.load_state_dict(checkpoint["model"])
-        self.average.load_state_dict(checkpoint["ema"])
-        for name, optimizer in self.optimizers.items():
-            # what it remembers, but with the options that were given now
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
-        if checkpoint.get("scaler"):  # it was in float16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step = checkpoint["step"]
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -369,7 +367,8 @@ class Data:
 def evaluate(model, data, o, device, dtype, name, tell=False):
     """Mean likelihood bound (exact for GPT) over blocks of a split, and its standard error, in nats per token.
 
-    Prints them after `name`, and returns them under the names that they have in the log. Sequences, times and noise are the same at every call and for every number of processes.
+    Prints them after `name`, and returns them under the names that they have in the log. Sequences, times and noise are
+    the same at every call and for every number of processes.
     """
     tokens, L = data.splits[o.eval_split], o.block_size
     total = len(tokens) // L
@@ -501,10 +500,10 @@ def begin(explicit, store):
     Process 0 decides whether one is resumed: the others may see an older state of a shared disk. A restart by torchrun
     is like `auto`: the first start has moved the checkpoints of earlier runs away.
     """
-    o, kept, checkpoint = Options(**explicit), {}, None
+    o, kept = Options(**explicit), {}
     path, restarted = Path(o.out_dir) / "ckpt.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if store and RANK == 0 and store.add("starts", 1) > 1:
-        # it knows better: each node counts for itself, and a start may have failed before it moved anything
+    if store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # it outlives them, and knows better: each node counts for itself, and a start may fail before it moves anything
         restarted = store.check(["begun"])
     look = o.init_from == "auto" or restarted and not o.eval_only
     found = torch.tensor(o.init_from == "resume" or look and path.is_file())
@@ -515,7 +514,6 @@ def begin(explicit, store):
         model, checkpoint = load_checkpoint(path)
         words = [f"--{name}={value}" for name, value in checkpoint["options"].items()]
         kept = parse(Options, argv=words, source=f"{path}: ") | {"init_from": "resume", "out_dir": o.out_dir}
-        meta = checkpoint["meta"]
     elif o.init_from in ("scratch", "auto"):
         return o, None, {}, None
     elif "/" not in o.init_from and not os.path.isdir(o.init_from):
@@ -523,12 +521,12 @@ def begin(explicit, store):
     elif not o.eval_only and Path(o.init_from).resolve() == path.parent.resolve():
         fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
     else:
-        model, meta = load_model(o.init_from)
+        model, checkpoint = load_model(o.init_from)
     kept |= {name: getattr(model.config, name) for name in SHAPE}
     for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
         if explicit.get(name, kept[name]) != kept[name]:
             fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: say --{name}={kept[name]}")
-    return Options(**(kept | explicit)), model, meta or {"vocab_size": model.config.vocab_size}, checkpoint
+    return Options(**(kept | explicit)), model, checkpoint["meta"], checkpoint if found else None
 
 
 def main():
@@ -556,9 +554,7 @@ def main():
     else:
         if o.batch_size < WORLD:
             fail(f"batch_size={o.batch_size} leaves nothing to some of {WORLD} processes: try --batch_size={WORLD}")
-        state = State(model, o, dtype)
-        if checkpoint:
-            state.load(checkpoint)
+        state = State(model, o, dtype, checkpoint)
         log = open_log(o, state.step) if RANK == 0 else None
         if log and store:
             store.set("begun", "")

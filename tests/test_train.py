@@ -851,8 +851,7 @@ def test_numbers_that_are_not_finite_are_not_saved(home, capfd):
     before, saved = (home / "out/ckpt.pt").read_bytes(), checkpoint(home / "out")
     o = train.Options(**saved["options"])
     model = sedd.SEDD(sedd.SEDDConfig(**saved["config"]))
-    state = train.State(model, o)
-    state.load(saved)
+    state = train.State(model, o, checkpoint=saved)
     state.average.output_layer.linear.bias.data[0] = math.nan
     assert not state.save(home / "out/ckpt.pt", o, saved["meta"])
     assert "step 20 was not saved (its numbers are not all finite)" in capfd.readouterr().err
