@@ -586,10 +586,9 @@ def train(o, data, state, network, log, device, dtype):
     losses, seconds, in_a_row, stop, saved, caught = [], 0.0, 0, 0, True, catch_signals()
     pin = device.type == "cuda"
     batch = data.batch(o, state.step, model, pin)
-    for step in range(state.step, o.max_steps):
-        began = time.perf_counter()
-        torch.manual_seed(mixed_seed(o.seed, step, RANK))  # for dropout
-        loss = 0.0
+    while state.step < o.max_steps and not stop:
+        began, lr, loss = time.perf_counter(), learning_rate(o, state.step), 0.0
+        torch.manual_seed(mixed_seed(o.seed, state.step, RANK))  # for dropout
         for i, part in enumerate(batch):
             x0, t, x = (tensor.to(device, non_blocking=pin) for tensor in part)
             network.require_backward_grad_sync = i == len(batch) - 1
@@ -597,7 +596,7 @@ def train(o, data, state, network, log, device, dtype):
                 part_loss = model.loss(x0, t, x, network).sum() * WORLD / (o.batch_size * o.block_size)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        batch = data.batch(o, step + 1, model, pin)  # while a GPU is still busy with this one
+        batch = data.batch(o, state.step + 1, model, pin)  # while a GPU is still busy with this one
         for optimizer in state.optimizers.values():
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
@@ -608,20 +607,20 @@ def train(o, data, state, network, log, device, dtype):
         loss, norm, stop = sums.tolist()
         bad = not math.isfinite(loss + norm)  # of one process, of all
         if not bad:
-            state.update(learning_rate(o, step), o.ema)
+            state.update(lr, o.ema)
         model.zero_grad()
         # float16 begins with a scale that is too large, and steps are left out while it comes down
         in_a_row = in_a_row + (scaler.get_scale() <= 1) if bad else 0
         if in_a_row == 10:
-            give_up(o, step)
+            give_up(o, state.step)
         scaler.update()
-        state.step = step + 1
+        state.step += 1
         losses.append(math.nan if bad else loss)
         seconds += time.perf_counter() - began
 
         record, last = {}, stop or state.step == o.max_steps
         if state.step % o.log_interval == 0 or last:
-            record = {"loss": torch.tensor(losses).nanmean().item(), "norm": norm, "lr": learning_rate(o, step)}
+            record = {"loss": torch.tensor(losses).nanmean().item(), "norm": norm, "lr": lr}
             record |= speed(o, model, seconds / len(losses), device, dtype)
             if skipped := sum(map(math.isnan, losses)):
                 record["skipped"] = skipped
@@ -636,8 +635,6 @@ def train(o, data, state, network, log, device, dtype):
             log({"step": state.step} | record)
         if log and (state.step % o.save_interval == 0 or last):
             saved = state.save(path, o, data.meta)
-        if stop:
-            break
     bar.close()
     if saved:
         print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
