@@ -14,7 +14,7 @@ import torch
 
 from config import Amount, Count, Seed, Whole, fail, parse, progress, run
 from prepare import Tokenizer
-from train import autocast, find_device, find_dtype, load_checkpoint, load_model
+from train import autocast, find_device, find_dtype, load_model
 
 BATCH = 16 * 1024  # tokens that the network sees at a time
 LONGEST = 1_000_000  # tokens to generate in a text: more is a slip of the hand, and would fill the memory
@@ -133,10 +133,8 @@ def main():
     o = Options(**explicit)
     newest = max(glob.glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime, default="out/ckpt.pt")
     start = o.init_from or o.out_dir or os.path.dirname(newest)
-    if not o.init_from and not os.path.isfile(f"{start}/ckpt.pt"):
-        load_checkpoint(f"{start}/ckpt.pt")  # says what to do; out_dir never means the hub
     device = find_device(o.device)
-    model, checkpoint = load_model(start)
+    model, checkpoint = load_model(start if o.init_from else f"{start}/ckpt.pt")  # out_dir never means the hub
     if "tokenizer" not in checkpoint["meta"]:
         fail(f"{start!r} has {model.config.vocab_size} tokens and nothing that tells their text: GPT-2's are 50257")
     if model.causal and (odd := explicit.keys() & {"suffix", "infill", "steps", "sampler", "eta"}):

@@ -168,10 +168,22 @@ def mixed_seed(*numbers):
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def load_checkpoint(path):
-    """The averaged model (on the CPU, in evaluation mode) and the dict that was saved; fails at anything else."""
+def load_model(start):
+    """A trained model (on the CPU, in evaluation mode) and a dict with the meta of its data: of a run, all it saved.
+
+    `start` is a run's ckpt.pt or its folder, whose averaged weights are taken, or else a folder or hub repository in
+    the published format, where only GPT-2's tokens are known. Fails in one line at anything else.
+    """
+    path = Path(start) if Path(start).name == "ckpt.pt" else Path(start) / "ckpt.pt"
     if not os.path.isfile(path):  # False for what no file can be called
-        fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={Path(path).parent}")
+        if path == Path(start):
+            fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
+        try:
+            model = SEDD.from_pretrained(start)
+        except (ImportError, ValueError) as error:
+            fail(error)
+        V = model.config.vocab_size
+        return model, {"meta": {"vocab_size": V} | ({"tokenizer": "gpt2"} if V == 50257 else {})}
     try:
         checkpoint = load_weights(path)
         config = SEDDConfig(**checkpoint["config"])
@@ -181,22 +193,6 @@ def load_checkpoint(path):
     except Exception as error:  # whatever is wrong with its content
         fail(f"{path} is no checkpoint of train.py, is of another version, or is cut short ({repr(error)[:200]})")
     return model.eval(), checkpoint
-
-
-def load_model(start):
-    """A trained model (on the CPU, in evaluation mode) and a dict with the meta of its data.
-
-    `start` is a folder with the ckpt.pt of a run, whose averaged weights are taken, or else a folder or hub
-    repository in the published format, where only GPT-2's tokens are known. Fails in one line at anything else.
-    """
-    if os.path.isfile(Path(start) / "ckpt.pt"):
-        return load_checkpoint(Path(start) / "ckpt.pt")
-    try:
-        model = SEDD.from_pretrained(start)
-    except (ImportError, ValueError) as error:
-        fail(error)
-    V = model.config.vocab_size
-    return model, {"meta": {"vocab_size": V} | ({"tokenizer": "gpt2"} if V == 50257 else {})}
 
 
 def check_finite(*parts):
@@ -500,7 +496,7 @@ def begin(explicit, store):
     Process 0 decides whether one is resumed: the others may see an older state of a shared disk. A restart by torchrun
     is like `auto`: the first start has moved the checkpoints of earlier runs away.
     """
-    o, kept = Options(**explicit), {}
+    o = Options(**explicit)
     path, restarted = Path(o.out_dir) / "ckpt.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # it outlives them, and knows better: each node counts for itself, and a start may fail before it moves anything
@@ -509,23 +505,21 @@ def begin(explicit, store):
     found = torch.tensor(o.init_from == "resume" or look and path.is_file())
     if WORLD > 1:
         dist.broadcast(found, 0)
-    source = path if found else o.init_from
-    if found:
-        model, checkpoint = load_checkpoint(path)
-        words = [f"--{name}={value}" for name, value in checkpoint["options"].items()]
-        kept = parse(Options, argv=words, source=f"{path}: ") | {"init_from": "resume", "out_dir": o.out_dir}
-    elif o.init_from in ("scratch", "auto"):
+    start = str(path) if found else o.init_from
+    if start in ("scratch", "auto"):
         return o, None, {}, None
-    elif "/" not in o.init_from and not os.path.isdir(o.init_from):
-        fail(f"init_from={o.init_from!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
-    elif not o.eval_only and Path(o.init_from).resolve() == path.parent.resolve():
-        fail(f"init_from={o.init_from!r} is out_dir as well: name another --out_dir, or --init_from=resume")
-    else:
-        model, checkpoint = load_model(o.init_from)
-    kept |= {name: getattr(model.config, name) for name in SHAPE}
+    if not (found or "/" in start or os.path.isdir(start)):
+        fail(f"init_from={start!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
+    if not o.eval_only and Path(start).resolve() == path.parent.resolve():
+        fail(f"init_from={start!r} is out_dir as well: name another --out_dir, or --init_from=resume")
+    model, checkpoint = load_model(start)
+    kept = {name: getattr(model.config, name) for name in SHAPE}
+    if found:
+        words = [f"--{name}={value}" for name, value in checkpoint["options"].items()]
+        kept |= parse(Options, argv=words, source=f"{path}: ") | {"init_from": "resume", "out_dir": o.out_dir}
     for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
         if explicit.get(name, kept[name]) != kept[name]:
-            fail(f"{name}={explicit[name]} but {source} was trained with {kept[name]}: say --{name}={kept[name]}")
+            fail(f"{name}={explicit[name]} but {start} was trained with {kept[name]}: say --{name}={kept[name]}")
     return Options(**(kept | explicit)), model, checkpoint["meta"], checkpoint if found else None
 
 

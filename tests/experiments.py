@@ -36,7 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sedd  # noqa: E402
-from train import Data, Options, autocast, evaluate, find_device, find_dtype, load_checkpoint, load_model  # noqa: E402
+from train import Data, Options, autocast, evaluate, find_device, find_dtype, load_model  # noqa: E402
 
 RESULTS, WEIGHTS = ROOT / "assets" / "experiments", ROOT / "out" / "experiments"
 TITLES = {"absorb": "SEDD Absorb", "uniform": "SEDD Uniform", "d3pm": "D3PM Absorb", "gpt": "GPT"}
@@ -116,7 +116,7 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
 
 
 def unfinished(out, steps):
-    return not (out / "ckpt.pt").is_file() or load_checkpoint(out / "ckpt.pt")[1]["step"] < steps
+    return not (out / "ckpt.pt").is_file() or load_model(out / "ckpt.pt")[1]["step"] < steps
 
 
 def test_bound(out, dataset):
