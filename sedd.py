@@ -149,7 +149,8 @@ class Graph:
         """
         y = torch.arange(self.num_states, device=x.device)
         c, r_x0 = ratio or self.ratio(sigma, x, x0)
-        pi, c, at_x0 = self.pi(y, log_score.dtype), c[..., None], y == x0[..., None]
+        pi, c = self.pi(y, log_score.dtype), c[..., None]
+        at_x0 = y == x0[..., None]
         r = c * pi  # at every y but x0
         K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
@@ -598,7 +599,8 @@ class D3PM(SEDD):
 
         With b = e^sigma - 1: s_y = mu_y / (b pi_x) + (pi_y / pi_x) (1 - mu_x / (1 + b pi_x)), for y != x.
         """
-        y, x, b = torch.arange(self.graph.num_states, device=x.device), x[..., None], torch.expm1(sigma)[..., None]
+        y, x = torch.arange(self.graph.num_states, device=x.device), x[..., None]
+        b = torch.expm1(sigma)[..., None]
         pi, pi_x = self.graph.pi(y, b.dtype), self.graph.pi(x, b.dtype)
         log_mu = logits.to(b.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
         rest = torch.where(y == x, 0.0, log_mu.exp()).sum(-1, keepdim=True).clamp(min=1e-30)  # 1 - mu_x, not rounded

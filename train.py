@@ -581,12 +581,15 @@ def train(o, data, state, network, log, device, dtype):
     pin = device.type == "cuda"
     batch = data.batch(o, state.step, model, pin)
     while state.step < o.max_steps and not stop:
-        began, lr, loss = time.perf_counter(), learning_rate(o, state.step), 0.0
+        began = time.perf_counter()
+        lr = learning_rate(o, state.step)
         torch.manual_seed(mixed_seed(o.seed, state.step, RANK))  # for dropout
+        loss = 0.0
         for i, part in enumerate(batch):
             x0, t, x = (tensor.to(device, non_blocking=pin) for tensor in part)
             network.require_backward_grad_sync = i == len(batch) - 1
-            with autocast(device, dtype), training_attention(device):  # DDP will take the mean over the processes
+            with autocast(device, dtype), training_attention(device):
+                # times WORLD, for DDP takes the mean over the processes
                 part_loss = model.loss(x0, t, x, network).sum() * WORLD / (o.batch_size * o.block_size)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
