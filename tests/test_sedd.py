@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import quick
 import sedd
 import train
+from bench import peak_memory
 from sedd import SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, sample
 
 V = 5
@@ -444,7 +445,10 @@ def test_head_and_loss_are_few_launches(tmp_path):
 
 @both_names
 def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch):
-    """No operation, forward or backward, makes a tensor of as many entries as (B, L, S)."""
+    """No operation, forward or backward, makes a tensor of as many entries as (B, L, S).
+
+    And together they never hold more than six blocks of scores.
+    """
 
     class Largest(TorchDispatchMode):
         size = 0
@@ -458,10 +462,13 @@ def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch
     monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2**22)
     S = 40_000
     model = random_model(name, vocab_size=S)
-    x0, sigma = torch.randint(S, (8, 64)), torch.full((8,), 1.0)
+    x0, sigma = torch.randint(S, (16, 64)), torch.full((16,), 1.0)
+    x = model.graph.sample_transition(x0, sigma[:, None])
     with Largest() as seen:
-        model(model.graph.sample_transition(x0, sigma[:, None]), sigma, x0).sum().backward()
-    assert seen.size <= sedd.SCORES_AT_A_TIME["cpu"] < x0.numel() * S / 2
+        model(x, sigma, x0).sum().backward()
+    assert seen.size <= sedd.SCORES_AT_A_TIME["cpu"] < x0.numel() * S / 4
+    peak = peak_memory(lambda: model(x, sigma, x0).sum().backward(), torch.device("cpu"))
+    assert peak <= 6 * 4 * sedd.SCORES_AT_A_TIME["cpu"]  # of 4 bytes each
 
 
 @both_names
