@@ -90,7 +90,8 @@ def test_all_that_score_write_and_keep_what_is_given(kind, home):
 
 
 def test_init_from_is_out_dir_by_another_name(home):
-    assert write(home, "--init_from=mean", "--steps=3") == write(home, "--out_dir=mean", "--steps=3")
+    for start in "mean", "mean/ckpt.pt":
+        assert write(home, f"--init_from={start}", "--steps=3") == write(home, "--out_dir=mean", "--steps=3")
 
 
 def test_gpt_goes_on_with_a_prefix(home):

@@ -167,9 +167,10 @@ def test_published_weights_are_evaluated_on_their_vocabulary(published):
     complains(done, "train.py", "out", "another vocabulary", "data/bpe")
 
 
-def test_fine_tuning_starts_from_the_averaged_weights(home):
+@pytest.mark.parametrize("start", ["out", "out/ckpt.pt"])
+def test_fine_tuning_starts_from_the_averaged_weights(start, home):
     before = files(home / "out")
-    args = ["--init_from=out", "--out_dir=tuned", "--learning_rate=0", "--max_steps=2", "--device=cpu"]
+    args = [f"--init_from={start}", "--out_dir=tuned", "--learning_rate=0", "--max_steps=2", "--device=cpu"]
     works(call("train.py", *args, cwd=home))
     a, b = checkpoint(home / "out"), checkpoint(home / "tuned")
     assert_same(a["ema"], b["model"])
