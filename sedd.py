@@ -17,8 +17,8 @@ score. Then come the transformer (5), two baselines on it, D3PM and GPT (6), and
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
 x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
-and sigma. x_T is x at t = 1, and p_base the distribution from which the chain is run backwards. s is a score and r the
-ratio that it should be. Losses and bounds are in nats.
+and sigma. (For a step of the samplers dsigma is the noise that it undoes.) x_T is x at t = 1, and p_base what the
+reversed chain starts from. s is a score, and r the ratio that it learns from. Losses and bounds are in nats.
 """
 
 import itertools
@@ -79,20 +79,20 @@ class GeometricNoise:
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
 # convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is not
-# known. But put r = p(y | x0) / p(x | x0) in its place: its mean over the x0 that x may have come from is just the true
-# ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score entropy.
-# The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
+# known. But put r = p(y | x0) / p(x | x0) in its place: wherever Q[x, y] > 0, its mean over the x0 that x may have come
+# from is just the true ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the
+# denoising score entropy. The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
 
 
 class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
     So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a
-    token is as it was with chance a, and otherwise distributed as pi. Everything below follows from this.
+    token is unhit with chance a, and otherwise distributed as pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
-    defines `pi`, y (...) -> pi_y (...). A graph of another kind overrides all that uses it.
+    defines pi(y, dtype), y (...) -> pi_y (...). A graph of another kind overrides all that uses it.
     """
 
     mask_id = None
@@ -121,8 +121,8 @@ class Graph:
     def prior_kl(self, sigma, x0):
         """KL(p(x_T | x0) || p_base) in nats per token, x0 (...) -> (...).
 
-        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each of the V tokens. (Under the
-        absorbing graph pi alone gives x0 no chance, though it is still there with chance a: an infinite KL.)
+        p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each of the V tokens. (pi alone
+        would not do: under the absorbing graph it gives x0 no chance, though x0 is still there with chance a.)
         """
 
         def cost(y, sigma, untouched):
@@ -135,17 +135,17 @@ class Graph:
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def ratio(self, sigma, x, x0):
-        """c and r_x0 (...): the ratio r = p(y | x0) / p(x | x0) is c pi_y at every y but x0, and r_x0 at x0."""
+        """c and r_x0 (...). The ratio r = p(y | x0) / p(x | x0) is c pi_y where y is not x0, and r_x0 where it is."""
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
-        p_x = torch.where(p_x > 0, p_x, 1.0)  # no noise leads to such an x, so that pi_x and the loss are zero
+        p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
         return hit / p_x, (a + hit * self.pi(x0, sigma.dtype)) / p_x
 
     def score_entropy(self, log_score, sigma, x, x0, *ratio):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        It is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there; at y = x it gives zero:
-        s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
+        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there; at y = x it
+        gives zero: s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
         """
         y = torch.arange(self.num_states, device=x.device)
         c, r_x0 = ratio or self.ratio(sigma, x, x0)
@@ -173,12 +173,13 @@ class Graph:
         With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x). Learned
         scores can make entries negative; these become zero.
         """
-        x, undo, hit = x[..., None], torch.expm1(dsigma)[..., None], -torch.expm1(-dsigma)[..., None]
+        x, undo = x[..., None], torch.expm1(dsigma)[..., None]
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (torch.exp(-dsigma)[..., None] + hit * pi_x)
-        jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(hit * pi_x)
+        # the second factors are e^dsigma exp(dsigma Q)[x, y]
+        stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
+        jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
         return probs.div_(probs.sum(-1, keepdim=True))
 
@@ -198,7 +199,7 @@ class Absorbing(Graph):
 
 
 class Uniform(Graph):
-    """A token that is hit turns into any of all N, even into itself: Q_uniform = 1 1^T / N - I."""
+    """A token that is hit turns into any of all N, even into itself: Q = 1 1^T / N - I, the paper's Q_uniform / N."""
 
     def pi(self, y, dtype=torch.float32):
         return torch.full_like(y, 1 / self.num_states, dtype=dtype)
@@ -221,7 +222,7 @@ def diffusion_loss(model, graph, noise, x0, t=None, x=None):
 
         E_{t, x_t} [ dsigma(t) sum over positions of the denoising score entropy at (x_t, sigma(t)) ]
 
-    is, for t uniform in [0, 1], the integral that bounds -log p(x0) (see nll_bound). By default the times t (B,) are a
+    is, for t uniform in [0, 1], the integral in nll_bound. By default the times t (B,) are a
     low-discrepancy set, and x (B, L) is drawn from the forward process at these times.
     """
     if t is None:
@@ -238,14 +239,15 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
         -log p(x0) <= integral over t of the diffusion loss
                       + KL(p(x_T | x0) || p_base)                 graph.prior_kl, the end at t = 1
-                      + E[-log p(x0 | x_t0)]                      the last denoising step, the end at t = 0
+                      + E[-log p(x0 | x at t = 0)]                the last denoising step, the end at t = 0
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    (`sample` takes steps, and starts from pi, which differs from p_base by e^-sigma(1).) The integral takes num_times
-    times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare hits near t = 0
-    weigh 1 / t, and even times would have an infinite variance. The KL is at most eps log V nats per token for
-    log-linear noise, 0.01 for GPT-2's vocabulary; geometric noise has the last term instead, from one draw of x.
+    (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1).) The integral takes
+    num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare hits
+    near t = 0 weigh 1 / t, and even times would have an infinite variance. Then also the last term is 0, and the KL at
+    most eps log V nats per token, 0.01 for GPT-2's vocabulary. Under geometric noise the KL is next to nothing, and the
+    last term comes from one draw of x.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -263,11 +265,11 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4. Samplers: the reversed chain, cut into steps in which all positions jump independently.
+# 4. Samplers: the reversed chain, cut into steps in which all positions jump independently, or token by token.
 
 
 def euler_probs(graph, score, dsigma, x):
-    """Tau-leaping, where dsigma is dt dsigma(t): delta(x, y) + dsigma Q[x, y] s_y, (..., S)."""
+    """Tau-leaping: delta(x, y) + dsigma reverse_rate(y), (..., S), where dsigma is dt times the rate of the noise."""
     probs = graph.reverse_rate(score, x) * dsigma[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative
@@ -284,8 +286,8 @@ def sample_categorical(probs, top_p=1.0):
     """Exact draws from probs (..., S), normalised or not -> (...), by inverting the running sum in float64.
 
     The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model
-    is, and look better for it (arXiv 2409.02908). top_p < 1 does so openly: it draws only from the likeliest
-    states, as many as hold this share, and at least from one.
+    is, and look better for it (arXiv 2409.02908). top_p < 1 cuts the tail on purpose: it draws only from the
+    likeliest states, as many as hold this share, and at least from one.
     """
     device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
     if top_p < 1:
@@ -311,15 +313,15 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
         rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
         fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
         if len(rows):
-            step_probs, dsigma = type(graph).tweedie_probs if after else denoise_probs, sigma - after
+            step_probs, dsigma = graph.tweedie_probs if after else partial(denoise_probs, graph), sigma - after
             if sampler == "euler" and after:
-                step_probs, dsigma = euler_probs, rates[step] / steps
+                step_probs, dsigma = partial(euler_probs, graph), rates[step] / steps
             log_score = scores_at(x.view(shape), torch.full(shape[:1], sigma, device=x.device))
             for part in rows.split(size):
                 here, score = x[part], log_score(part)
                 # a step magnifies rounding by up to e^sigma (and MPS has no float64)
                 score = (score.double() if sigma > 9 and x.device.type != "mps" else score).exp_()
-                probs = step_probs(graph, score, torch.full_like(score[:, 0], dsigma), here)
+                probs = step_probs(score, torch.full_like(score[:, 0], dsigma), here)
                 if fresh is not None:
                     clean = denoise_probs(graph, score, torch.full_like(score[:, 0], sigma), here)
                     probs = torch.where(fresh[part, None], clean, probs)
@@ -334,12 +336,12 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
 
 
 def first_hitting(scores_at, graph, noise, x, top_p):
-    """The states that follow x (B, L) in continuous time: each call of the model turns one MASK into a token.
+    """The states that follow x (B, L) in continuous time: a call turns one MASK of each sequence into a token.
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
     m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
     exact scores this draws from p(x0), and no step is too long. Learned scores need not sum to 1 / (e^sigma - 1), as
-    exact ones do: such a sum makes a token of a Tweedie step appear sooner or later, and has no effect here.
+    exact ones do. A sum that is off makes Tweedie write a token sooner or later. Here only their proportions count.
     """
     m, end = -torch.expm1(-noise(torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu"))[0])
     while (masked := x == graph.mask_id).any():
@@ -363,15 +365,15 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     `denoise_probs`. (Under the absorbing graph with log-linear noise they are the same for any scores, for
     e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting, without steps.
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores then give p(rest | kept):
-    a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.) Under the uniform
-    graph they do not, however small the steps: a kept token is taken for one that may be noisy.
+    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores and small steps then give
+    p(rest | kept): a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.)
+    Under the uniform graph they do not, however small the steps: a kept token is taken for one that may be noisy.
 
     top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
     once more after it is written: instead of a step to noise sigma', a position takes, with chance
     min(1, eta / (1 - e^-sigma')), a fresh draw of x0 noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185).
-    Exact scores then still give each position its marginal. callback(step, x), if given, sees each state from the prior
-    (step 0) to the last. ValueError at a wrong argument.
+    From x ~ p_t such a step, with exact scores, gives each position its marginal. callback(step, x), if given, sees
+    each state from the first (step 0) to the last. ValueError at wrong steps, sampler or prompt.
     """
     known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)
     if steps < 1 or sampler not in known:
@@ -510,12 +512,12 @@ class SEDD(Transformer):
         """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
 
         With x0 (B, L): the denoising score entropy (B, L), equal to graph.score_entropy of the log score, but made
-        without a tensor (B, L, S). Only the rows, the places in x.flatten() that have a loss, meet the vocabulary, a
-        block of them at a time. Two blocks keep their logits for the backward pass, the others compute them again.
+        without a tensor (B, L, S). Only rows that have a loss (places in x.flatten()) meet the vocabulary, a block
+        of them at a time. The first two blocks keep their logits for the backward pass; others compute them again.
         """
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
-        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # here, for nonzero waits for the GPU
+        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # before the trunk: it waits for the GPU
         h, head, S = self.trunk(x, sigma).flatten(0, 1), self.output_layer.linear, self.graph.num_states
         kind, entropy = x.device.type, []
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
@@ -548,7 +550,7 @@ class SEDD(Transformer):
         """Logits (..., S), sigma and x (...) -> log score (..., S), float32, 0 at y = x.
 
         Under the absorbing graph the true score of a masked position i is p(x0_i = y | visible tokens) times
-        1 / (e^sigma - 1): the network starts from p = 1 / vocab_size and learns what is missing.
+        1 / (e^sigma - 1). So here a logit is log(p V), and a network of zeros says p = 1 / V.
         """
         log_score = logits.float()
         if self.graph.mask_id is not None:
@@ -563,7 +565,7 @@ class SEDD(Transformer):
     def compile(self):
         """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
         super().compile()
-        # A first number of rows that is also some width is not to be taken for that width ever after.
+        # Else two sizes that are equal at the first call would be taken to be equal for ever.
         torch.fx.experimental._config.use_duck_shape = False
         # Tiles of two dimensions, rows and states, spare Triton a division for every score.
         options = {"triton.prefer_nd_tiling": True}
@@ -589,22 +591,22 @@ class D3PM(SEDD):
     """The mean parameterisation, D3PM in continuous time: the network predicts mu(y) = p(x0_i = y | x).
 
     The score is the expectation under mu of the known ratio p(y | x0) / p(x | x0). All else is SEDD's.
-    From MASK it is mu_y / (e^sigma - 1). In the absorbing graph's score entropy, with r = 1 / (e^sigma - 1) and scores
-    that sum to r, this gives r + r (log r - 1 - log(r mu_x0)) = -r log mu_x0, whose weight dsigma r is 1 / t under
-    log-linear noise: the weighted cross-entropy known as MDLM.
+    Under the absorbing graph, at MASK, it is r mu_y with r = 1 / (e^sigma - 1), and the score entropy becomes
+    r + r (log r - 1) - r log(r mu_x0) = -r log mu_x0. In the loss its weight is dsigma r, under log-linear noise 1 / t:
+    the weighted cross-entropy known as MDLM.
     """
 
     def log_score(self, logits, sigma, x):
         """Logits of mu (..., S), sigma and x (...) -> log score (..., S), 0 at y = x.
 
-        With b = e^sigma - 1: s_y = mu_y / (b pi_x) + (pi_y / pi_x) (1 - mu_x / (1 + b pi_x)), for y != x.
+        With b = e^sigma - 1: s_y = mu_y / (b pi_x) + (pi_y / pi_x) (1 - mu_x + b pi_x) / (1 + b pi_x), for y != x.
         """
         y, x = torch.arange(self.graph.num_states, device=x.device), x[..., None]
         b = torch.expm1(sigma)[..., None]
         pi, pi_x = self.graph.pi(y, b.dtype), self.graph.pi(x, b.dtype)
         log_mu = logits.to(b.dtype).masked_fill(y >= self.graph.vocab_size, -math.inf).log_softmax(-1)  # MASK is no x0
         rest = torch.where(y == x, 0.0, log_mu.exp()).sum(-1, keepdim=True).clamp(min=1e-30)  # 1 - mu_x, not rounded
-        others = torch.log(b * pi) + torch.log(rest + (1 - rest) * b * pi_x / (1 + b * pi_x))
+        others = torch.log(b * pi) + torch.log((rest + b * pi_x) / (1 + b * pi_x))
         log_score = torch.logaddexp(log_mu, others) - torch.log(b * torch.where(pi_x > 0, pi_x, 1.0))
         return torch.where(y == x, 0.0, log_score)
 
@@ -659,7 +661,7 @@ SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hi
 
 
 def load_weights(path):
-    """What torch.save wrote to `path`, plain data only; ValueError at damage, for torch.load looks at no checksum."""
+    """What torch.save wrote to `path`, plain data only. Raises at damage, for torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is damaged")
