@@ -34,7 +34,7 @@ class Options:
     dataset: str = "pydocs"  # a folder below data_dir, written by prepare.py
     data_dir: str = "data"  # where prepare.py put it
     out_dir: str = "out"  # for ckpt.pt and log.jsonl
-    init_from: str = "scratch"  # resume: out_dir/ckpt.pt; auto: that or scratch; a folder or hub id: its weights
+    init_from: str = "scratch"  # resume: out_dir/ckpt.pt; auto: that or scratch; a checkpoint, folder or hub id
     # model
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
     noise: Literal[tuple(NOISES)] = "loglinear"  # how noise grows with time
@@ -171,10 +171,10 @@ def mixed_seed(*numbers):
 def load_model(start):
     """A trained model (on the CPU, in evaluation mode) and a dict with the meta of its data: of a run, all it saved.
 
-    `start` is a run's ckpt.pt or its folder, whose averaged weights are taken, or else a folder or hub repository in
+    `start` is a checkpoint or a run's folder, whose averaged weights are taken, or else a folder or hub repository in
     the published format, where only GPT-2's tokens are known. Fails in one line at anything else.
     """
-    path = Path(start) if Path(start).name == "ckpt.pt" else Path(start) / "ckpt.pt"
+    path = Path(start) if os.path.isfile(start) or Path(start).name == "ckpt.pt" else Path(start) / "ckpt.pt"
     if not os.path.isfile(path):  # False for what no file can be called
         if path == Path(start):
             fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
@@ -315,9 +315,11 @@ class Data:
                     raise ValueError(f"{name}.bin does not hold the {self.meta['sizes'][name]} tokens of meta.json")
                 # of the original text, in a token; 0 where nothing tells
                 self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / len(tokens)
+        except FileNotFoundError as error:
+            fail(f"there is no {error.filename}: the data set is not prepared (python prepare.py {o.dataset}), or has "
+                 "no such split (see --eval_split)")  # fmt: skip
         except Exception as error:
-            why = "is not prepared" if isinstance(error, FileNotFoundError) else f"is not readable ({error})"
-            fail(f"the data set {folder} {why}: python prepare.py {o.dataset}")
+            fail(f"the data set {folder} is not readable ({error}): python prepare.py {o.dataset}")
         name, tokens = min(self.splits.items(), key=lambda split: len(split[1]))
         if len(tokens) < o.block_size:
             fail(f"{folder}/{name}.bin has {len(tokens)} tokens, fewer than one block: "
@@ -382,7 +384,7 @@ def evaluate(model, data, o, device, dtype, name, tell=False):
     if WORLD > 1:
         dist.all_reduce(bounds)
     bounds, bytes_per_token = bounds.double() / L, data.bytes[o.eval_split]
-    bound, error = bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else 0.0
+    bound, error = bounds.mean().item(), (bounds.std() / len(bounds) ** 0.5).item() if len(bounds) > 1 else math.nan
     kind, at_most = ("nll", "") if model.causal else ("bound", "≤ ")
     bits = f", {bound / bytes_per_token / math.log(2):.4f} bits per byte" if bytes_per_token > 0 else ""
     tqdm.write(f"{name} {kind} {bound:.4f} ± {error:.4f} nats per token, perplexity {at_most}"
@@ -437,7 +439,7 @@ def speed(o, model, seconds, device, dtype):
 
 
 def catch_signals():
-    """From now on SIGINT and SIGTERM only join the list that this returns; a second SIGINT ends the process at once."""
+    """From now on SIGINT and SIGTERM only join the list that this returns; a SIGINT after that ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -456,8 +458,8 @@ def catch_signals():
 def open_log(o, start):
     """A function that adds a dict to log.jsonl as a line, behind the lines up to step `start`.
 
-    The file is this process's alone until it ends. A fresh start keeps the checkpoint and the log of an earlier run
-    under other names.
+    The file is this process's alone until it ends. A fresh start keeps the checkpoint of an earlier run, and its
+    log, under other names.
     """
     out = Path(o.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -471,7 +473,7 @@ def open_log(o, start):
     except (ImportError, OSError):  # Windows, or a file system that has no locks
         pass
     if not start and (out / "ckpt.pt").is_file():
-        n = next(n for n in ["", *range(2, 10**6)] if not (out / f"ckpt.old{n}.pt").exists())
+        n = next(n for n in ["", *range(2, 10**6)] if not [*out.glob(f"*.old{n}.*")])
         (out / f"log.old{n}.jsonl").write_bytes((out / "log.jsonl").read_bytes())
         os.replace(out / "ckpt.pt", out / f"ckpt.old{n}.pt")
         print(f"the checkpoint of an earlier run is kept as {out}/ckpt.old{n}.pt")
@@ -508,9 +510,9 @@ def begin(explicit, store):
     start = str(path) if found else o.init_from
     if start in ("scratch", "auto"):
         return o, None, {}, None
-    if not (found or "/" in start or os.path.isdir(start)):
+    if not (found or "/" in start or os.path.exists(start)):
         fail(f"init_from={start!r} is none of scratch, resume, auto, a folder, or a hub id such as owner/name")
-    if not o.eval_only and Path(start).resolve() == path.parent.resolve():
+    if not (found or o.eval_only) and Path(start).resolve() in (path.resolve(), path.parent.resolve()):
         fail(f"init_from={start!r} is out_dir as well: name another --out_dir, or --init_from=resume")
     model, checkpoint = load_model(start)
     kept = {name: getattr(model.config, name) for name in SHAPE}
@@ -526,6 +528,8 @@ def begin(explicit, store):
 def main():
     explicit = parse(Options)
     store = join_processes() if WORLD > 1 else None
+    if WORLD == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = next(dist.rendezvous("env://"))[0]  # torchrun's, for the one process that it has started
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     o, trained, meta, checkpoint = begin(explicit, store)
@@ -557,8 +561,8 @@ def main():
             model.compile()
             torch._dynamo.config.optimize_ddp = False  # it cuts a block in two, but DDP overlaps whole ones as well
         network = model
-        if WORLD > 1:  # the buffers are constants
-            network = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if WORLD > 1:
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {WORLD} x {device} in "
               f"{str(dtype).removeprefix('torch.')}, {attention_kernel(model, device, dtype)} attention"
               f"{', compiled' * compiled}; {o.batch_size * o.block_size:,} tokens a step, steps {state.step} to "
@@ -583,7 +587,7 @@ def train(o, data, state, network, log, device, dtype):
     while state.step < o.max_steps and not stop:
         began = time.perf_counter()
         lr = learning_rate(o, state.step)
-        torch.manual_seed(mixed_seed(o.seed, state.step, RANK))  # for dropout
+        torch.manual_seed(mixed_seed(o.seed, state.step, RANK + 1))  # for dropout; 0 at the end makes no difference
         loss = 0.0
         for i, part in enumerate(batch):
             x0, t, x = (tensor.to(device, non_blocking=pin) for tensor in part)
@@ -633,10 +637,11 @@ def train(o, data, state, network, log, device, dtype):
         if log and (state.step % o.save_interval == 0 or last):
             saved = state.save(path, o, data.meta)
     bar.close()
+    stopped = state.step < o.max_steps
     if saved:
         print(f"{path} " + (f"holds step {state.step}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
-                            if stop else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
-    return 128 + max(caught, default=signal.SIGTERM) if stop else int(not saved)
+                            if stopped else f"is ready: python sample.py --out_dir={o.out_dir}"))  # fmt: skip
+    return 128 + max(caught, default=signal.SIGTERM) if stopped else int(not saved)
 
 
 def give_up(o, step):

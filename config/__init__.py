@@ -29,6 +29,7 @@ def fail(message):
 
 def run(main, smaller="a smaller model, or less at a time"):
     """main(), where what a user can cause ends in one line, or quietly. `smaller`: what to try if memory is short."""
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # if closed
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a text has
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks run
     try:

@@ -90,8 +90,10 @@ def test_all_that_score_write_and_keep_what_is_given(kind, home):
 
 
 def test_init_from_is_out_dir_by_another_name(home):
-    for start in "mean", "mean/ckpt.pt":
-        assert write(home, f"--init_from={start}", "--steps=3") == write(home, "--out_dir=mean", "--steps=3")
+    text = write(home, "--out_dir=mean", "--steps=3")
+    shutil.copy(home / "mean/ckpt.pt", home / "mean/ckpt.old.pt")
+    for start in "mean", "mean/ckpt.pt", "mean/ckpt.old.pt":
+        assert write(home, f"--init_from={start}", "--steps=3") == text
 
 
 def test_gpt_goes_on_with_a_prefix(home):

@@ -212,6 +212,14 @@ def test_log_has_a_line_for_each_interval(home):
     assert log[-1]["val_bound"] < log[1]["val_bound"]
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("line", ["prepare.py pydocs --data_dir=elsewhere", "sample.py --steps=2"])
+def test_scripts_work_where_an_output_is_closed(line, closed, home):
+    line = f"'{sys.executable}' '{ROOT}/'{line} {closed}"
+    done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
 def test_checkpoint_holds_the_options_by_rank_of_their_source(home):
     options = torch.load(home / "out/ckpt.pt", weights_only=True)["options"]
     assert options["max_steps"] == 20  # the command line over the config file
@@ -224,6 +232,10 @@ def test_second_training_keeps_the_first_checkpoint(home, tmp_path):
     works(call("train.py", "tiny.py", "--max_steps=1", cwd=tmp_path))
     assert (tmp_path / "out/ckpt.old.pt").read_bytes() == (home / "out/ckpt.pt").read_bytes()
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 1
+    logs = [(tmp_path / "out" / name).read_bytes() for name in ("log.jsonl", "log.old.jsonl")]
+    (tmp_path / "out/ckpt.old.pt").unlink()  # it is large, its log small
+    works(call("train.py", "tiny.py", "--max_steps=2", cwd=tmp_path))
+    assert [(tmp_path / "out" / name).read_bytes() for name in ("log.old2.jsonl", "log.old.jsonl")] == logs
 
 
 def test_eval_only_prints_the_bound_of_the_checkpoint_and_writes_nothing(home):

@@ -183,6 +183,7 @@ def test_fine_tuning_starts_from_the_averaged_weights(start, home):
     ("--init_from=out --n_layer=2 --out_dir=x", ["n_layer=2", "out was trained with 1", "--n_layer=1"]),
     ("--init_from=out --graph=uniform --eval_only", ["graph=uniform", "absorb"]),
     ("--init_from=out", ["'out'", "out_dir as well"]),
+    ("--init_from=out/ckpt.pt", ["'out/ckpt.pt'", "out_dir as well"]),
     ("--init_from=data --eval_only", ["data' is no folder or hub"]),
 ])  # fmt: skip
 def test_start_weights_that_do_not_fit(home, line, words):
@@ -304,6 +305,17 @@ def test_sigterm_ends_the_step_and_loses_nothing(home):
     a, b = checkpoint(home / "termed"), checkpoint(home / "unbroken")
     for part in "step", "model", "ema", "optimizer":
         assert_same(a[part], b[part], part)
+
+
+def test_a_signal_in_the_last_step_stops_nothing(home):
+    (home / "late.py").write_text(WRAPPED % "import signal, torch\n"
+                                            "clip = torch.nn.utils.clip_grad_norm_\n"
+                                            "def killed(*args):\n"
+                                            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+                                            "    return clip(*args)\n"
+                                            "torch.nn.utils.clip_grad_norm_ = killed")  # fmt: skip
+    done = run(home / "late.py", *TINY, "--max_steps=1", "--out_dir=late", cwd=home)
+    assert "late/ckpt.pt is ready" in works(done).stdout and "stopping after this step" in done.stderr
 
 
 def test_second_sigint_ends_at_once(home):
@@ -506,15 +518,16 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name='__main__')
 """
 
 
-def test_a_crash_at_the_start_does_not_make_a_restart_adopt_an_older_run(home):
+@pytest.mark.parametrize("processes, crash", [(2, "dist.broadcast = lambda *args: os._exit(1)"), (1, "os._exit(1)")])
+def test_a_crash_at_the_start_does_not_make_a_restart_adopt_an_older_run(home, processes, crash):
     """Before the first start has moved it away, the checkpoint in the folder is of another run, if of equal options."""
-    args = [*TINY, "--max_steps=4", "--out_dir=adopted"]
+    out = f"adopted{processes}"
+    args = [*TINY, "--max_steps=4", f"--out_dir={out}"]
     works(call("train.py", *args, cwd=home))
-    (home / "crash.py").write_text(WRAPPED % "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-                                             "    dist.broadcast = lambda *args: os._exit(1)")  # fmt: skip
-    done = run(home / "crash.py", *args, cwd=home, launcher=[*TORCHRUN, "--nproc-per-node=2", "--max-restarts=2"])
-    assert "steps 0 to 4" in works(done).stdout
-    assert checkpoint(home / "adopted")["step"] == 4 and (home / "adopted/ckpt.old.pt").is_file()
+    (home / f"{out}.py").write_text(WRAPPED % f"if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    {crash}")
+    launcher = [*TORCHRUN, f"--nproc-per-node={processes}", "--max-restarts=2"]
+    assert "steps 0 to 4" in works(run(home / f"{out}.py", *args, cwd=home, launcher=launcher)).stdout
+    assert checkpoint(home / out)["step"] == 4 and (home / out / "ckpt.old.pt").is_file()
 
 
 def test_two_nodes_go_on_together_after_the_loss_of_a_process(home):
@@ -550,7 +563,7 @@ def test_process_0_decides_for_all_whether_to_resume(home):
                                              "    pathlib.Path.is_file = lambda p: p.name != 'ckpt.pt' and see(p)")  # fmt: skip
     args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
     done = works(together(2, home / "stale.py", *args, cwd=home))
-    assert "steps 20 to 22" in done.stdout and checkpoint(home / "stale")["step"] == 22
+    assert "steps 20 to 22" in done.stdout and "Warning" not in done.stderr and checkpoint(home / "stale")["step"] == 22
 
 
 @pytest.mark.parametrize("option, keys", [
@@ -586,6 +599,8 @@ def test_a_folder_of_nanogpt_trains_as_it_is(home):
         shutil.copy(home / f"data/bpe/{name}.bin", home / "data/nano")
     done = works(call("train.py", *TINY, "--dataset=nano", "--max_steps=1", "--out_dir=nano", cwd=home))
     assert "bits per byte" not in done.stdout and checkpoint(home / "nano")["config"]["vocab_size"] == 50257
+    done = call("train.py", *TINY, "--dataset=nano", "--eval_only", "--eval_split=test", cwd=home)
+    complains(done, "train.py", "data/nano/test.bin", "--eval_split")
     (home / "data/nano/meta.pkl").touch()  # that of nanoGPT's characters
     complains(call("train.py", *TINY, "--dataset=nano", cwd=home), "train.py", "data/nano", "not prepared")
 
