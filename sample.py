@@ -1,5 +1,6 @@
 """Write text with a trained model: python sample.py --steps 128"""
 
+import contextlib
 import glob
 import itertools
 import os
@@ -159,17 +160,16 @@ def main():
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5, file=sys.stdout if watch else None)
     try:
         print("\033[?1049h\033[?25l" if watch else "", end="")  # a second screen, without a cursor
-        with bar, autocast(device, find_dtype(o.dtype, device)):
+        with contextlib.ExitStack() as screen, bar, autocast(device, find_dtype(o.dtype, device)):
+            screen.callback(print, "\033[?25h\033[?1049l" if watch else "", end="", flush=True)
             for batch in batches:
-                try:
-                    x = write(generate, batch, pieces, partial(show, bar, tokenizer, watch))
-                except ValueError as error:  # options that this model cannot follow
-                    fail(error)
+                x = write(generate, batch, pieces, partial(show, bar, tokenizer, watch))
                 if x.max() >= tokenizer.vocab_size:
-                    fail(f"the model in {start!r} has diverged and cannot write: train with a lower --learning_rate")
+                    raise ValueError(f"the model in {start!r} has diverged: train with a lower --learning_rate")
                 written += x.tolist()
+    except ValueError as error:  # divergence, or options that this model cannot follow
+        fail(error)
     finally:  # Ctrl-C and errors cost nothing that was written
-        print("\033[?25h\033[?1049l" if watch else "", end="", flush=True)
         texts = [tokenizer.decode(tokens) for tokens in written]
         output = ("\n\n" + "-" * 80 + "\n").join(texts)
         print(UNSAFE.sub("\ufffd", output) if sys.stdout.isatty() else output, end="\n" * bool(texts))

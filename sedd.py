@@ -376,8 +376,10 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     each state from the first (step 0) to the last. ValueError at wrong steps, sampler or prompt.
     """
     known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)
-    if steps < 1 or sampler not in known:
-        raise ValueError(f"steps={steps} must be at least 1, sampler={sampler!r} of {known} (exact: with MASK, no eta)")
+    if sampler not in known:
+        raise ValueError(f"sampler={sampler!r} is none of {known} (exact: with MASK, no eta)")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
     x = graph.sample_prior(*shape, device=device)
     prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
     if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:

@@ -83,7 +83,7 @@ PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "R
          "L4": 121e12, "T4": 65e12}  # fmt: skip
 
 OF_THE_FILES = "source", "dtype", "sizes", "bytes"  # what meta.json tells of these files and not of the tokens
-SHAPE = [field.name for field in fields(SEDDConfig) if field.name != "vocab_size"]
+SHAPE = [field.name for field in fields(SEDDConfig) if hasattr(Options, field.name)]
 
 # -------------------------------------------------------------------------------------------------- machine
 
@@ -316,8 +316,8 @@ class Data:
                 # of the original text, in a token; 0 where nothing tells
                 self.bytes[name] = self.meta.get("bytes", {}).get(name, 0) / len(tokens)
         except FileNotFoundError as error:
-            fail(f"there is no {error.filename}: the data set is not prepared (python prepare.py {o.dataset}), or has "
-                 "no such split (see --eval_split)")  # fmt: skip
+            fail(f"the data set {folder} is not prepared, or not with this split (there is no {error.filename}): "
+                 f"python prepare.py {o.dataset}")  # fmt: skip
         except Exception as error:
             fail(f"the data set {folder} is not readable ({error}): python prepare.py {o.dataset}")
         name, tokens = min(self.splits.items(), key=lambda split: len(split[1]))
@@ -406,8 +406,8 @@ def sample_line(model, tokenizer, seed, device, dtype):
 
 def learning_rate(o, step):
     warm = min(1.0, (step + 1) / max(1, o.warmup_steps))
-    progress = min(1.0, max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)))
-    left = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "none": 1.0}[o.decay_lr]
+    done = min(1.0, max(0.0, (step - o.warmup_steps) / max(1, o.max_steps - o.warmup_steps)))
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "none": 1.0}[o.decay_lr]
     return o.learning_rate * warm * left
 
 
@@ -519,9 +519,9 @@ def begin(explicit, store):
     if found:
         words = [f"--{name}={value}" for name, value in checkpoint["options"].items()]
         kept |= parse(Options, argv=words, source=f"{path}: ") | {"init_from": "resume", "out_dir": o.out_dir}
-    for name in {*SHAPE, "optimizer"} & {*kept} - {"block_size", "dropout"}:  # on these two no weight depends
-        if explicit.get(name, kept[name]) != kept[name]:
-            fail(f"{name}={explicit[name]} but {start} was trained with {kept[name]}: say --{name}={kept[name]}")
+    fixed = [name for name in (*SHAPE, "optimizer") if name in kept and name not in ("block_size", "dropout")]
+    if other := [f"--{name}={kept[name]}" for name in fixed if explicit.get(name, kept[name]) != kept[name]]:
+        fail(f"{start} was trained with other options: say {' '.join(other)}")
     return Options(**(kept | explicit)), model, checkpoint["meta"], checkpoint if found else None
 
 
@@ -602,6 +602,7 @@ def train(o, data, state, network, log, device, dtype):
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip or math.inf)
 
+        # of all processes: loss, norm, and how many signals came
         sums = torch.stack([loss / WORLD, norm / WORLD, norm.new_full((), len(caught))])
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -611,7 +612,7 @@ def train(o, data, state, network, log, device, dtype):
             state.update(lr, o.ema)
         model.zero_grad()
         # float16 begins with a scale that is too large, and steps are left out while it comes down
-        in_a_row = in_a_row + (scaler.get_scale() <= 1) if bad else 0
+        in_a_row = (in_a_row + (scaler.get_scale() <= 1)) if bad else 0
         if in_a_row == 10:
             give_up(o, state.step)
         scaler.update()
@@ -625,13 +626,13 @@ def train(o, data, state, network, log, device, dtype):
             record |= speed(o, model, seconds / len(losses), device, dtype)
             if skipped := sum(map(math.isnan, losses)):
                 record["skipped"] = skipped
-            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
+            bar.set_postfix(record, refresh=False)
             losses, seconds = [], 0.0
+        bar.update()
         if state.step % o.eval_interval == 0 or state.step == o.max_steps:
             record |= evaluate(state.average, data, o, device, dtype, f"step {state.step}: {o.eval_split}")
             if log and tokenizer:
                 bar.write(sample_line(state.average, tokenizer, o.seed, device, dtype))
-        bar.update()
         if log and record:
             log({"step": state.step} | record)
         if log and (state.step % o.save_interval == 0 or last):

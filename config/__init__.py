@@ -96,7 +96,8 @@ def parse(Options, positional=None, argv=None, source=""):
     )  # fmt: skip
     parser.error = fail
     parser.add_argument(positional or "files", nargs="?" if positional else "*", help=argparse.SUPPRESS)
-    for heading, name, comment in re.findall(r"^    (?:# (.+)|(\w+): .*?  # (.+))$", inspect.getsource(Options), re.M):
+    fields = r"^    (?:# (.+)|(\w+): [^#\n]*(?:# (.+))?)$"
+    for heading, name, comment in re.findall(fields, inspect.getsource(Options), re.M):
         if heading:
             group = parser.add_argument_group(heading)
             continue

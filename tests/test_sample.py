@@ -567,6 +567,14 @@ def test_a_text_breaks_no_terminal_and_a_pipe_gets_it_whole(tmp_path):
     assert terminal.end() == 0 and terminal.written.startswith("a\ufffd2\ufffd") and "\x1b" not in terminal.written
 
 
+def test_an_error_outlasts_the_screen_of_watching(home):
+    """It stands below, where it can still be read."""
+    terminal = Terminal(home, "--out_dir=uniform", "--sampler=exact")
+    assert terminal.end() == 2
+    end = terminal.written.split(LEAVE)[1]
+    assert re.fullmatch(r"sample.py: error: sampler='exact' is none of \['tweedie', 'euler'\] .*\r\n", end)
+
+
 def test_watching_needs_a_terminal(home):
     assert "\033" not in write(home, "--out_dir=score", "--steps=2", "--watch")
 

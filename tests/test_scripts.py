@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from subprocess import CompletedProcess
 from unittest import mock
@@ -494,6 +494,20 @@ def test_command_line_beats_config_file_beats_default(tmp_path):
     assert train.Options(**found).n_embd == train.Options.n_embd
 
 
+@dataclass
+class New:
+    """Options that somebody adds in haste."""
+
+    width: int = 3
+    # a group
+    height: config.Count = 4 # too near
+    depth: config.Count = 5  # as it should be
+
+
+def test_an_option_needs_no_comment():
+    assert config.parse(New, argv=["--height=7", "--depth=8"]) == {"height": 7, "depth": 8}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.name)
 def test_config_files_of_the_repository_parse(path):
     found = config.parse(train.Options, argv=[str(path)])
@@ -608,7 +622,7 @@ BAD = {
         ("--init_from=resume --out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
         ("--init_from=resume --out_dir=cut", "cut/ckpt.pt", "cut short"),
         ("--init_from=resume --out_dir=other", "other/ckpt.pt", "no checkpoint of train.py"),
-        ("--init_from=resume --n_layer=3", "n_layer=3", "trained with 1"),
+        ("--init_from=resume --n_layer=3", "trained with other options", "--n_layer=1"),
         ("--init_from=resume --dataset=digits --eval_only", "another vocabulary", "data/digits"),
         ("--out_dir=tiny.py", "tiny.py", "File exists"),
         ("--device=cuda:99", "'cuda:99'", "--device=auto"),
