@@ -459,8 +459,8 @@ def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch
                 self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return out
 
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2**22)
-    S = 40_000
+    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2**21)
+    S = 20_000
     model = random_model(name, vocab_size=S)
     x0, sigma = torch.randint(S, (16, 64)), torch.full((16,), 1.0)
     x = model.graph.sample_transition(x0, sigma[:, None])
