@@ -12,13 +12,13 @@ the noise and integrated over time, it bounds -log p(x0) from above, up to a ter
 pure noise and run the chain backwards with the learned score.
 
 Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box, called in two ways:
-model(x, sigma) is its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) the score entropy (B, L) of that log
-score. Then come the transformer (5), two baselines on it, D3PM and GPT (6), and published weights (7).
+model(x, sigma) is its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that
+log score. Then come the transformer (5), two baselines on it, D3PM and GPT (6), and published weights (7).
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
 x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
-and sigma. (For a step of the samplers dsigma is the noise that it undoes.) x_T is x at t = 1, and p_base what the
-reversed chain starts from. s is a score, and r the ratio that it learns from. Losses and bounds are in nats.
+and sigma. (In a step of the samplers dsigma is what it takes off sigma.) x_T is x at t = 1, and p_base the start
+that the bound assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in nats.
 """
 
 import itertools
@@ -35,6 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+SCORES_AT_A_TIME = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}  # rows x states, to bound the memory
 
 # ------------------------------------------------------------------------------------------------------
 # 1. Noise: the clock of the chain. For t (...) in [0, 1], noise(t) is the total noise sigma (...) and dsigma (...).
@@ -68,7 +70,8 @@ class GeometricNoise:
 
 
 # ------------------------------------------------------------------------------------------------------
-# 2. Graph: the Markov chain of one token, dp / dsigma = Q p. Q[y, x] is the rate of the jump from x to y.
+# 2. Graph: the Markov chain of one token, dp/dt = dsigma(t) Q p, so that p_t = exp(sigma Q) p_0. Q[y, x] is the rate
+# of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
 # position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
@@ -79,20 +82,21 @@ class GeometricNoise:
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
 # convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is not
-# known. But put r = p(y | x0) / p(x | x0) in its place: wherever Q[x, y] > 0, its mean over the x0 that x may have come
-# from is just the true ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the
-# denoising score entropy. The loss of a token is its sum over the jumps y != x, each weighted by Q[x, y].
+# known. But put r = p(y | x0) / p(x | x0) in its place: wherever Q[x, y] > 0, its mean over x0 ~ p(x0 | x) is just the
+# true ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score
+# entropy. The loss of a token is the sum of these over the jumps y != x, each weighted by Q[x, y].
 
 
 class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
-    So Q = pi 1^T - I. With a = e^-sigma its exponential is exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a
-    token is unhit with chance a, and otherwise distributed as pi. Everything below follows from this.
+    So Q = pi 1^T - I, and Q[x, y] = pi_x for y != x. With a = e^-sigma its exponential is
+    exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a token is unhit with chance a, and otherwise distributed as
+    pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
-    defines pi(y, dtype), y (...) -> pi_y (...). A graph of another kind overrides all that uses it.
+    defines pi(y, dtype), y (...) -> pi_y (...). A graph of another kind overrides all that uses pi.
     """
 
     mask_id = None
@@ -131,11 +135,12 @@ class Graph:
             base = hit + torch.exp(-sigma) * (y < self.vocab_size) / self.vocab_size
             return torch.xlogy(untouched + hit, (untouched + hit) / base)
 
+        # all y as if none were x0, and then y = x0 as it is
         everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def ratio(self, sigma, x, x0):
-        """c and r_x0 (...). The ratio r = p(y | x0) / p(x | x0) is c pi_y where y is not x0, and r_x0 where it is."""
+        """c and r_x0 (...): the ratio r is c pi_y where y is not x0, c = (1 - a) / p(x | x0), and r_x0 where it is."""
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
@@ -144,15 +149,15 @@ class Graph:
     def score_entropy(self, log_score, sigma, x, x0, *ratio):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), as Q[x, y] = pi_x there; at y = x it
-        gives zero: s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
+        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), where K(r) = r (log r - 1); at y = x
+        this is zero, for s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
         """
         y = torch.arange(self.num_states, device=x.device)
         c, r_x0 = ratio or self.ratio(sigma, x, x0)
         pi, c = self.pi(y, log_score.dtype), c[..., None]
         at_x0 = y == x0[..., None]
         r = c * pi  # at every y but x0
-        K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)
+        K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)  # r (log r - 1), as log r = log c + log pi
         log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
         entropy = torch.where(at_x0, 0.0, log_score.exp() - r * log_s + K).sum(-1)
 
@@ -162,13 +167,13 @@ class Graph:
         return self.pi(x, log_score.dtype) * (entropy + r_x0 * (torch.expm1(d) - d))
 
     def reverse_rate(self, score, x):
-        """Rates out of x of the reversed chain: Q[x, y] s_y at y != x, (..., S), rows sum to zero."""
+        """Rates of the reversed chain out of x, per unit of sigma: Q[x, y] s_y at y != x, (..., S); the sum is 0."""
         x = x[..., None]
         rate = (self.pi(x, score.dtype) * score).scatter_(-1, x, 0.0)
         return rate.scatter_(-1, x, -rate.sum(-1, keepdim=True))
 
     def tweedie_probs(self, score, dsigma, x):
-        """p(y) ~ (exp(-dsigma Q) s)_y exp(dsigma Q)[x, y], (..., S): the Tweedie step, which undoes the noise dsigma.
+        """p(y) = (exp(-dsigma Q) s)_y exp(dsigma Q)[x, y], (..., S): the Tweedie step, which undoes the noise dsigma.
 
         With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x). Learned
         scores can make entries negative; these become zero.
@@ -177,7 +182,7 @@ class Graph:
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        # the second factors are e^dsigma exp(dsigma Q)[x, y]
+        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and e^dsigma exp(dsigma Q)[x, y] is [y = x] + undo pi_x
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
         jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
@@ -185,7 +190,7 @@ class Graph:
 
 
 class Absorbing(Graph):
-    """A token that is hit turns into MASK and stays there: Q_absorb. Only from MASK can the reversed chain jump."""
+    """A token that is hit turns into MASK: Q_absorb = e_MASK 1^T - I. Only from there does the reversed chain jump."""
 
     def __init__(self, vocab_size):
         self.vocab_size = self.mask_id = vocab_size
@@ -199,7 +204,7 @@ class Absorbing(Graph):
 
 
 class Uniform(Graph):
-    """A token that is hit turns into any of all N, even into itself: Q = 1 1^T / N - I, the paper's Q_uniform / N."""
+    """A token that is hit turns into any of all N, even itself: Q = 1 1^T / N - I, an N-th of the paper's Q_uniform."""
 
     def pi(self, y, dtype=torch.float32):
         return torch.full_like(y, 1 / self.num_states, dtype=dtype)
@@ -220,10 +225,10 @@ def low_discrepancy_times(n, device=None):
 def diffusion_loss(model, graph, noise, x0, t=None, x=None):
     """One draw of the diffusion-weighted denoising score entropy: x0 (B, L) -> (B,), nats per sequence.
 
-        E_{t, x_t} [ dsigma(t) sum over positions of the denoising score entropy at (x_t, sigma(t)) ]
+        E_{t, x_t} [ dsigma(t) sum over positions of graph.score_entropy at (x_t, sigma(t)) ],
 
-    is, for t uniform in [0, 1], the integral in nll_bound. By default the times t (B,) are a
-    low-discrepancy set, and x (B, L) is drawn from the forward process at these times.
+    t uniform in [0, 1], is the integral in nll_bound. By default the times t (B,) are a low-discrepancy set, and x
+    (B, L) is drawn from the forward process at these times.
     """
     if t is None:
         t = low_discrepancy_times(len(x0), x0.device)
@@ -237,15 +242,15 @@ def diffusion_loss(model, graph, noise, x0, t=None, x=None):
 def nll_bound(model, graph, noise, x0, num_times=128):
     """An unbiased draw of an upper bound on -log p(x0): x0 (B, L) -> (B,), nats per sequence.
 
-        -log p(x0) <= integral over t of the diffusion loss
-                      + KL(p(x_T | x0) || p_base)                 graph.prior_kl, the end at t = 1
-                      + E[-log p(x0 | x at t = 0)]                the last denoising step, the end at t = 0
+        -log p(x0) <= E[diffusion_loss], an integral over t
+                      + KL(p(x_T | x0) || p_base)              graph.prior_kl, the end at t = 1
+                      + E[-log p(x0 | x at t = 0)]             the last denoising step, the end at t = 0 (not in the paper)
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1).) The integral takes
-    num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare hits
-    near t = 0 weigh 1 / t, and even times would have an infinite variance. Then also the last term is 0, and the KL at
+    (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1) a token.) The integral
+    takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare
+    hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0, and the KL at
     most eps log V nats per token, 0.01 for GPT-2's vocabulary. Under geometric noise the KL is next to nothing, and the
     last term comes from one draw of x.
     """
@@ -269,7 +274,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 
 def euler_probs(graph, score, dsigma, x):
-    """Tau-leaping: delta(x, y) + dsigma reverse_rate(y), (..., S), where dsigma is dt times the rate of the noise."""
+    """Tau-leaping: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S), where dsigma is dt times its rate."""
     probs = graph.reverse_rate(score, x) * dsigma[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative
@@ -313,8 +318,10 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
         rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
         fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
         if len(rows):
-            step_probs, dsigma = graph.tweedie_probs if after else partial(denoise_probs, graph), sigma - after
-            if sampler == "euler" and after:
+            step_probs, dsigma = graph.tweedie_probs, sigma - after
+            if not after:
+                step_probs = partial(denoise_probs, graph)
+            elif sampler == "euler":
                 step_probs, dsigma = partial(euler_probs, graph), rates[step] / steps
             log_score = scores_at(x.view(shape), torch.full(shape[:1], sigma, device=x.device))
             for part in rows.split(size):
@@ -403,7 +410,6 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
 NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
 again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # again(f, x): f(x), and once more backward
-SCORES_AT_A_TIME = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}  # rows x states, to bound the memory
 
 
 @dataclass
