@@ -244,15 +244,15 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
         -log p(x0) <= E[diffusion_loss], an integral over t
                       + KL(p(x_T | x0) || p_base)              graph.prior_kl, the end at t = 1
-                      + E[-log p(x0 | x at t = 0)]             the last denoising step, the end at t = 0 (not in the paper)
+                      + E[-log p(x0 | x at t = 0)]             the last denoising step, at t = 0 (not in the paper)
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
     (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1) a token.) The integral
     takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare
-    hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0, and the KL at
-    most eps log V nats per token, 0.01 for GPT-2's vocabulary. Under geometric noise the KL is next to nothing, and the
-    last term comes from one draw of x.
+    hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0, and the KL
+    at most eps log V nats per token, 0.01 for GPT-2's vocabulary. Under geometric noise the KL is next to nothing, and
+    the last term comes from one draw of x.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
