@@ -17,8 +17,9 @@ log score. Then come the transformer (5), two baselines on it, D3PM and GPT (6),
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
 x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
-and sigma. (In a step of the samplers dsigma is what it takes off sigma.) x_T is x at t = 1, and p_base the start
-that the bound assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in nats.
+and sigma. (In a Tweedie step dsigma is what it takes off sigma, in an Euler step dt times the rate.) x_T is x at t = 1,
+and p_base the start that the bound assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in
+nats, rates per unit of sigma.
 """
 
 import itertools
@@ -70,8 +71,8 @@ class GeometricNoise:
 
 
 # ------------------------------------------------------------------------------------------------------
-# 2. Graph: the Markov chain of one token, dp/dt = dsigma(t) Q p, so that p_t = exp(sigma Q) p_0. Q[y, x] is the rate
-# of the jump from x to y.
+# 2. Graph: the Markov chain of one token, dp/dt = dsigma(t) Q p, so that p_t = exp(sigma Q) p_0, where p_0 is the data.
+# Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
 # position. The concrete score is a tensor (B, L, S): its entry (b, i, y) is p_t(x with x_i := y) / p_t(x), 1 at x_i.
@@ -91,8 +92,8 @@ class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
     So Q = pi 1^T - I, and Q[x, y] = pi_x for y != x. With a = e^-sigma its exponential is
-    exp(sigma Q) = a I + (1 - a) pi 1^T: after noise sigma a token is unhit with chance a, and otherwise distributed as
-    pi. Everything below follows from this.
+    exp(sigma Q) = a I + (1 - a) pi 1^T, as pi 1^T is its own square: after noise sigma a token is unhit with chance a,
+    and otherwise distributed as pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
@@ -118,7 +119,7 @@ class Graph:
         return torch.where(hit, self.sample_prior(*x0.shape, device=x0.device, generator=generator), x0)
 
     def sample_prior(self, *shape, device=None, generator=None):
-        """x_T, int64 of the given shape: drawn from pi."""
+        """Pure noise, int64 of the given shape, drawn from pi: what a hit token becomes, and where `sample` starts."""
         pi = self.pi(torch.arange(self.num_states, device=device))
         return torch.multinomial(pi, math.prod(shape), replacement=True, generator=generator).view(shape)
 
@@ -182,7 +183,8 @@ class Graph:
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and e^dsigma exp(dsigma Q)[x, y] is [y = x] + undo pi_x
+        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and e^dsigma exp(dsigma Q)[x, y] is [y = x] + undo pi_x;
+        # the last line takes e^dsigma out
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
         jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
@@ -274,7 +276,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 
 def euler_probs(graph, score, dsigma, x):
-    """Tau-leaping: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S), where dsigma is dt times its rate."""
+    """Tau-leaping: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S), with dt d sigma / dt as dsigma."""
     probs = graph.reverse_rate(score, x) * dsigma[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative
