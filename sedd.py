@@ -183,8 +183,8 @@ class Graph:
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and e^dsigma exp(dsigma Q)[x, y] is [y = x] + undo pi_x;
-        # the last line takes e^dsigma out
+        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and exp(dsigma Q)[x, y] is [y = x] + undo pi_x, over
+        # e^dsigma, which the last line takes out
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
         jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
