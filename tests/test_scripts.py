@@ -212,10 +212,9 @@ def test_log_has_a_line_for_each_interval(home):
     assert log[-1]["val_bound"] < log[1]["val_bound"]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
-@pytest.mark.parametrize("line", ["prepare.py pydocs --data_dir=elsewhere", "sample.py --steps=2"])
-def test_scripts_work_where_an_output_is_closed(line, closed, home):
-    line = f"'{sys.executable}' '{ROOT}/'{line} {closed}"
+@pytest.mark.parametrize("line", ["prepare.py pydocs --data_dir=elsewhere >&-", "sample.py --steps=2 2>&-"])
+def test_scripts_work_where_an_output_is_closed(line, home):
+    line = f"'{sys.executable}' '{ROOT}/'{line}"
     done = subprocess.run(["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr
 
