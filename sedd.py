@@ -19,7 +19,7 @@ Notation, everywhere below: B sequences of L tokens, each in one of S states. x0
 x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
 and sigma. (In a Tweedie step dsigma is what it takes off sigma, in an Euler step dt times the rate.) x_T is x at t = 1,
 and p_base the start that the bound assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in
-nats, rates per unit of sigma.
+nats, and rates of jumps are per unit of sigma.
 """
 
 import itertools
@@ -141,7 +141,7 @@ class Graph:
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def ratio(self, sigma, x, x0):
-        """c and r_x0 (...): the ratio r is c pi_y where y is not x0, c = (1 - a) / p(x | x0), and r_x0 where it is."""
+        """c = (1 - a) / p(x | x0) and r_x0 (...): the ratio r is c pi_y at every y but x0, and r_x0 at x0."""
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
@@ -276,7 +276,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 
 def euler_probs(graph, score, dsigma, x):
-    """Tau-leaping: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S), with dt d sigma / dt as dsigma."""
+    """Tau-leaping, where dsigma is dt times its rate at t: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S)."""
     probs = graph.reverse_rate(score, x) * dsigma[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative

@@ -138,10 +138,10 @@ def training_attention(device):
 
 
 def join_processes():
-    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA. Returns their store.
+    """Meet the other processes that torchrun has started: by gloo on the CPU, by NCCL on CUDA.
 
-    The store can outlive a restart, and what the dead left in it must not be taken for news. So process 0 makes a name
-    for this start, and tells it to each process that has asked under a name of its own.
+    Their store can outlive a restart, and what the dead left in it must not be taken for news. So process 0 makes a
+    name for this start, and tells it to each process that has asked under a name of its own.
     """
     if "MASTER_ADDR" not in os.environ:
         fail(f"WORLD_SIZE={WORLD}, but nothing tells where the others are: start them with torchrun")
@@ -157,7 +157,6 @@ def join_processes():
         name = store.get(name).decode()  # waits
         store.add(name, 1)
     dist.init_process_group(store=dist.PrefixStore(name, store), rank=RANK, world_size=WORLD)
-    return store
 
 
 def mixed_seed(*numbers):
@@ -500,8 +499,7 @@ def begin(explicit, store):
     """
     o = Options(**explicit)
     path, restarted = Path(o.out_dir) / "ckpt.pt", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if store and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # it outlives them, and knows better: each node counts for itself, and a start may fail before it moves anything
+    if store:  # it knows better: each node counts for itself, and a start may fail before it moves anything
         restarted = store.check(["begun"])
     look = o.init_from == "auto" or restarted and not o.eval_only
     found = torch.tensor(o.init_from == "resume" or look and path.is_file())
@@ -527,9 +525,10 @@ def begin(explicit, store):
 
 def main():
     explicit = parse(Options)
-    store = join_processes() if WORLD > 1 else None
-    if WORLD == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = next(dist.rendezvous("env://"))[0]  # torchrun's, for the one process that it has started
+    if WORLD > 1:
+        join_processes()
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it outlives a restart
+    store = next(dist.rendezvous("env://"))[0] if of_torchrun else None
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     o, trained, meta, checkpoint = begin(explicit, store)
@@ -587,7 +586,7 @@ def train(o, data, state, network, log, device, dtype):
     while state.step < o.max_steps and not stop:
         began = time.perf_counter()
         lr = learning_rate(o, state.step)
-        torch.manual_seed(mixed_seed(o.seed, state.step, RANK + 1))  # for dropout; 0 at the end makes no difference
+        torch.manual_seed(mixed_seed(o.seed, state.step, RANK + 1))  # for dropout; a last 0 would give the batch's seed
         loss = 0.0
         for i, part in enumerate(batch):
             x0, t, x = (tensor.to(device, non_blocking=pin) for tensor in part)

@@ -44,8 +44,7 @@ def seconds(f, device):
 def peak_memory(f, device):
     """Bytes by which f raises the peak of what all tensors hold over what they hold before it.
 
-    On the CPU too: the memory that the system gives a process has gaps, and says little. Of the same loss it told 170 MB
-    once and 820 MB another time.
+    On the CPU too: the memory that the system gives a process has gaps, and can be 170 or 820 MB for the same loss.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
