@@ -127,13 +127,6 @@ def test_two_processes_print_the_bound_of_one(home):
     assert re.search(r"^out: bound \d\.\d{4} ", one.stdout, re.MULTILINE)
 
 
-def test_evaluation_says_what_it_leaves_out(home):
-    args = [*TINY, "--dataset=bpe", "--eval_only", "--eval_sequences=0", "--eval_split=test"]
-    done = works(call("train.py", *args, cwd=home))
-    assert f"10 of 10 blocks of {L} tokens" in done.stdout
-    assert f"{333 - 10 * L} tokens that fill no block" in done.stdout
-
-
 def test_bits_are_counted_on_the_original_text(home, tmp_path):
     args = [*TINY, "--dataset=bpe", "--eval_only"]
     done = works(call("train.py", *args, cwd=home))
@@ -332,31 +325,6 @@ def test_second_sigint_ends_at_once(home):
     assert process.returncode == -signal.SIGINT and "Traceback" not in err
 
 
-@pytest.mark.parametrize("shell", [">&-", "2>&-"])
-def test_training_does_not_depend_on_its_output(home, shell):
-    """There may be nowhere to write."""
-    out = re.sub(r"\W", "_", shell)
-    line = f"'{sys.executable}' '{ROOT / 'train.py'}' {' '.join(TINY)} --out_dir={out} --max_steps=6 --eval_interval=1 {shell}"
-    subprocess.run(
-        ["bash", "-c", line], cwd=home, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert checkpoint(home / out)["step"] == 6 and read_log(home / out)[-1]["step"] == 6
-
-
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_training_does_not_depend_on_its_readers(home, name):
-    """They may leave after a line; what goes elsewhere meets a full disk."""
-    args = [*TINY, f"--out_dir={name}", "--max_steps=6", "--eval_interval=1"]
-    command = [sys.executable, "-u", str(ROOT / "train.py"), *args]
-    with open("/dev/full", "w") as full:
-        process = quick.Popen(command, cwd=home, **{"stdout": full, "stderr": full, name: subprocess.PIPE})
-    stream = getattr(process, name)
-    stream.read(1)
-    stream.close()
-    process.wait(60)
-    assert checkpoint(home / name)["step"] == 6 and read_log(home / name)[-1]["step"] == 6
-
-
 def test_auto_starts_and_goes_on(home):
     args = [*TINY, "--decay_lr=none", "--save_interval=2"]
     works(call("train.py", *args, "--max_steps=6", "--out_dir=straight", cwd=home))
@@ -373,16 +341,6 @@ def test_every_earlier_checkpoint_is_kept(home):
         assert torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] == steps
         log = [json.loads(line) for line in (home / "thrice" / f"log{name}.jsonl").read_text().splitlines()]
         assert (log[0]["step"], log[0]["options"]["max_steps"], log[-1]["step"]) == (0, steps, steps)
-
-
-def test_one_training_at_a_time_in_a_folder(home):
-    works(call("train.py", *TINY, "--max_steps=1", "--out_dir=busy", cwd=home))
-    before = files(home / "busy")
-    with open(home / "busy/log.jsonl", "ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        done = call("train.py", *TINY, "--max_steps=2", "--out_dir=busy", cwd=home)
-    assert done.returncode == 2 and "another training is writing to out_dir='busy'" in done.stderr
-    assert files(home / "busy") == before
 
 
 def test_the_average_remembers_no_graph(home, monkeypatch):
@@ -424,29 +382,6 @@ def second_of(process):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/comm").read_text() == "rank 1\n":  # see quick.py
                 return int(pid)
-
-
-def test_torchrun_restarts_after_the_loss_of_a_process(home):
-    """One process of two is told to stop, and all stop at one step; torchrun starts them again; one is killed."""
-    args = [*TINY, "--dropout=0.1", "--max_steps=80", "--save_interval=5", "--log_interval=1", "--eval_interval=100000"]
-    launcher = [*TORCHRUN, "--nproc-per-node=2"]
-    works(together(2, "train.py", *args, "--out_dir=quiet", cwd=home))
-    # another run's checkpoint lies there, of the last step
-    put_checkpoint(home, "robust", lambda saved: saved.update(step=80))
-    process = launch(home, *args, "--out_dir=robust", launcher=[*launcher, "--max-restarts=3"])
-    log, ended = home / "robust/log.jsonl", []
-    for lines, number in (8, signal.SIGTERM), (28, signal.SIGKILL):
-        wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > lines, process)
-        wait_for(lambda: second_of(process) not in (None, *ended), process)
-        ended.append(second_of(process))
-        os.kill(ended[-1], number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    stopped, (first, *resumed) = re.findall(r"holds step (\d+)", out), re.findall(r"steps (\d+) to 80", out)
-    assert first == "0" and stopped == resumed[:1] and 8 < int(stopped[0]) < int(resumed[1]) < 80
-    a, b = checkpoint(home / "robust"), checkpoint(home / "quiet")
-    for part in "step", "model", "ema", "optimizer":
-        assert_same(a[part], b[part], part)
 
 
 # ------------------------------------------------------------------------------- what a user starts and starts again
@@ -492,24 +427,6 @@ def test_fine_tuning_with_another_length_and_dropout(home):
     assert checkpoint(home / "shorter")["config"]["dropout"] == 0
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_no_hindrance(home, monkeypatch, number):
-    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
-    works(call("train.py", *TINY, "--max_steps=1", "--out_dir=lockless", cwd=home))
-    assert fcntl.flock.called
-
-
-def test_a_restart_by_torchrun_goes_on_like_auto(home, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    shutil.copytree(home / "out", home / "again")
-    done = works(call("train.py", *TINY, "--max_steps=22", "--out_dir=again", cwd=home))
-    assert "steps 20 to 22" in done.stdout and sorted(os.listdir(home / "again")) == ["ckpt.pt", "log.jsonl"]
-    done = works(call("train.py", *TINY, "--max_steps=1", "--out_dir=again_new", cwd=home))
-    assert "steps 0 to 1" in done.stdout
-    done = works(call("train.py", "--init_from=again", "--out_dir=again_new", "--eval_only", cwd=home))
-    assert re.search(r"^again: bound ", done.stdout, re.MULTILINE)  # and not of the checkpoint in again_new
-
-
 WRAPPED = f"""
 import os, pathlib, runpy, sys
 import torch.distributed as dist
@@ -517,54 +434,6 @@ sys.path.insert(0, {str(ROOT)!r})
 %s
 runpy.run_path({str(ROOT / "train.py")!r}, run_name='__main__')
 """
-
-
-@pytest.mark.parametrize("processes, crash", [(2, "dist.broadcast = lambda *args: os._exit(1)"), (1, "os._exit(1)")])
-def test_a_crash_at_the_start_does_not_make_a_restart_adopt_an_older_run(home, processes, crash):
-    """Before the first start has moved it away, the checkpoint in the folder is of another run, if of equal options."""
-    out = f"adopted{processes}"
-    args = [*TINY, "--max_steps=4", f"--out_dir={out}"]
-    works(call("train.py", *args, cwd=home))
-    (home / f"{out}.py").write_text(WRAPPED % f"if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    {crash}")
-    launcher = [*TORCHRUN, f"--nproc-per-node={processes}", "--max-restarts=2"]
-    assert "steps 0 to 4" in works(run(home / f"{out}.py", *args, cwd=home, launcher=launcher)).stdout
-    assert checkpoint(home / out)["step"] == 4 and (home / out / "ckpt.old.pt").is_file()
-
-
-def test_two_nodes_go_on_together_after_the_loss_of_a_process(home):
-    """Each counts its restarts, and their store remembers the dead: process 1 must not take an old address of 0."""
-    (home / "slow.py").write_text(WRAPPED % "import time\n"
-                                            "join = dist.init_process_group\n"
-                                            "def late(*args, **kwargs):\n"
-                                            "    time.sleep(2 if os.environ['RANK'] == '0' else 0)\n"
-                                            "    join(*args, **kwargs)\n"
-                                            "dist.init_process_group = late")  # fmt: skip
-    args = [*TINY, "--max_steps=100", "--save_interval=5", "--log_interval=1", "--eval_interval=999", "--out_dir=nodes"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
-                "--local-addr=127.0.0.1", "--max-restarts=1"]  # fmt: skip
-    nodes = [launch(home, *args, launcher=launcher, script=home / "slow.py") for _ in range(2)]
-    log = home / "nodes/log.jsonl"
-    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 12, nodes[0])
-    os.kill(next(pid for pid in map(second_of, nodes) if pid), signal.SIGKILL)
-    outputs = [node.communicate(timeout=120) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    starts = re.findall(r"steps (\d+) to 100", "".join(out for out, _ in outputs))
-    assert len(starts) == 2 and starts[0] == "0" and 10 <= int(starts[1]) < 100
-    assert [record["step"] for record in read_log(home / "nodes")] == [*range(1, 101)]
-
-
-def test_process_0_decides_for_all_whether_to_resume(home):
-    """The others may see an older state of the folder: here the second process sees no checkpoint."""
-    shutil.copytree(home / "out", home / "stale")
-    (home / "stale.py").write_text(WRAPPED % "if os.environ['RANK'] == '1':\n"
-                                             "    see = pathlib.Path.is_file\n"
-                                             "    pathlib.Path.is_file = lambda p: p.name != 'ckpt.pt' and see(p)")  # fmt: skip
-    args = [*TINY, "--init_from=auto", "--out_dir=stale", "--max_steps=22"]
-    done = works(together(2, home / "stale.py", *args, cwd=home))
-    assert "steps 20 to 22" in done.stdout and "Warning" not in done.stderr and checkpoint(home / "stale")["step"] == 22
 
 
 @pytest.mark.parametrize("option, keys", [
@@ -584,14 +453,6 @@ def test_speed_is_that_of_the_steps_alone(home, monkeypatch):
     args = [*TINY, "--save_interval=1", "--log_interval=1", "--eval_interval=1", "--eval_times=50", "--max_steps=3"]
     works(call("train.py", *args, "--out_dir=paused", cwd=home))
     assert all(4 * L / record["tokens_per_s"] < 1 for record in read_log(home / "paused")[1:])
-
-
-def test_ten_in_a_row_end_all_restarts(home):
-    """They would meet the same batches again."""
-    args = [*TINY, "--learning_rate=1e30", "--warmup_steps=0", "--seed=3", "--out_dir=once"]
-    launcher = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=3"]
-    done = run("train.py", *args, cwd=home, launcher=launcher)
-    assert done.returncode != 0 and done.stderr.count("train.py: error: loss or gradient is not finite") == 1
 
 
 def test_a_folder_of_nanogpt_trains_as_it_is(home):
@@ -729,20 +590,6 @@ def test_micro_batches_for_a_gpu_are_pinned_and_whole(home, monkeypatch):
     assert len(pinned) == 6 and all(tensor.is_contiguous() for tensor in pinned)
 
 
-def test_the_share_of_the_peak_is_told_where_it_is_known(monkeypatch):
-    """By hand: a weight of trunk and head takes 6 operations a token, attention 12 x layers x width x length."""
-    model, o = sedd.SEDD(sedd.SEDDConfig(99, 8, 2, 2, 32, 16)), train.Options(batch_size=4, block_size=8)
-    work = 4 * 8 * (6 * (2 * (12 * 32 * 32 + 5 * 32 + 2 * 32) + 100 * 32 / 2) + 12 * 2 * 32 * 8)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_345_678_901)
-    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12,
-             "Tesla T4": 65e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None, "NVIDIA GeForce RTX 4090": 165e12}  # fmt: skip
-    for name, peak in known.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        told = train.speed(o, model, work / 989e12 / 0.25, torch.device("cuda"), torch.bfloat16)
-        assert told["peak_gb"] == 12.35 and told.get("mfu") == (peak and pytest.approx(0.25 * 989e12 / peak, abs=1e-3))
-    assert train.speed(o, model, 0.5, torch.device("cpu"), torch.bfloat16) == {"ms": 500.0, "tokens_per_s": 64}
-
-
 def test_float16_ends_near_bfloat16(home):
     bounds = {}
     for dtype in "float16", "bfloat16":
@@ -864,17 +711,6 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home, least, most, in
     assert [record["loss"] is None for record in log] == [count == interval for count in skipped]
 
 
-def test_numbers_that_are_not_finite_are_not_saved(home, capfd):
-    before, saved = (home / "out/ckpt.pt").read_bytes(), checkpoint(home / "out")
-    o = train.Options(**saved["options"])
-    model = sedd.SEDD(sedd.SEDDConfig(**saved["config"]))
-    state = train.State(model, o, checkpoint=saved)
-    state.average.output_layer.linear.bias.data[0] = math.nan
-    assert not state.save(home / "out/ckpt.pt", o, saved["meta"])
-    assert "step 20 was not saved (its numbers are not all finite)" in capfd.readouterr().err
-    assert (home / "out/ckpt.pt").read_bytes() == before
-
-
 def test_ten_in_a_row_stop_the_run(home):
     def spoil(saved):
         saved["model"]["output_layer.linear.bias"][0] = 3e38  # finite, but not its exp
@@ -885,24 +721,6 @@ def test_ten_in_a_row_stop_the_run(home):
 
 
 # ------------------------------------------------------------------------------------------------------- pleasure
-
-
-def test_each_evaluation_shows_a_text_and_disturbs_nothing(home):
-    works(call("prepare.py", "--tokenizer=char", "--data_dir=chars", cwd=home))  # L tokens are L characters
-    args = [*TINY, "--data_dir=chars", "--dropout=0.1", "--max_steps=6", "--log_interval=2"]
-    often = works(call("train.py", *args, "--eval_interval=2", "--out_dir=often", cwd=home))
-    never = works(call("train.py", *args, "--eval_interval=100", "--out_dir=never", cwd=home))
-    shown = [line for line in often.stdout.splitlines() if line[:1] in "'\""]
-    assert len(shown) == 3 and all(len(eval(line)) == L for line in shown)
-    assert len([line for line in never.stdout.splitlines() if line[:1] in "'\""]) == 1
-    assert re.search(r"/6 \[\d\d:\d\d<", often.stderr)  # the time that is still to go
-    assert_same(checkpoint(home / "often")["model"], checkpoint(home / "never")["model"])
-
-
-def test_without_the_bpe_files_training_shows_no_text(home, monkeypatch):
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: open("/nowhere"))
-    done = works(call("train.py", *TINY, "--dataset=bpe", "--max_steps=1", "--out_dir=offline", cwd=home))
-    assert not [line for line in done.stdout.splitlines() if line[:1] in "'\""]
 
 
 # ----------------------------------------------------------------------------------------------------------- fuzz
@@ -962,29 +780,6 @@ def test_damaged_checkpoints(home, truth, data):
         assert done.stdout == truth and len(broken) == len(whole)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                    max_leaves=5)  # fmt: skip
-
-
-@fuzz
-@given(st.sampled_from(["tokenizer", "vocab", "vocab_size", "dtype", "sizes", "bytes", "source", "all"]),
-       JSON | st.sampled_from(["gpt2", "char", "<u4", "<u2", 50257, ["a", "b"], {"train": 5, "val": 5}]))  # fmt: skip
-def test_meta_with_a_wrong_field(home, truth, field, value):
-    folder = home / "data/odd"
-    if not folder.is_dir():
-        shutil.copytree(home / "data/pydocs", folder)
-    meta = json.loads((home / "data/pydocs/meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(value if field == "all" else meta | {field: value}))
-    done = call("train.py", "--init_from=resume", "--dataset=odd", "--eval_only", cwd=home)
-    if one_line_or(done, 0):
-        assert field in ("source", "bytes") or meta[field] == value
-        told = [done.stdout, truth.replace("pydocs", "odd")]
-        if field == "bytes":  # nothing contradicts another number of them
-            told = [text.split(", perplexity")[0] for text in told]
-        assert told[0] == told[1]
-
-
 @fuzz
 @given(st.data())
 def test_data_files_of_another_size_or_with_foreign_tokens(home, truth, data):
@@ -1006,30 +801,3 @@ def test_data_files_of_another_size_or_with_foreign_tokens(home, truth, data):
         assert accepted
 
 
-NUMBERS = st.sampled_from(["-1", "0", "1", "2", "3", "7", "64", "1e3", "1e30", "nan", "inf", "-inf", "x", str(10**30)])
-WORDS = st.text(max_size=5).filter(lambda text: "\0" not in text)
-FLAGS = sorted(train.Options.__dataclass_fields__.keys() - {"max_steps", "out_dir", "data_dir", "compile"})
-LARGE = "n_layer", "n_embd", "cond_dim", "batch_size", "eval_times"
-
-
-@fuzz
-@given(st.lists(st.tuples(st.sampled_from(FLAGS), NUMBERS | WORDS), max_size=3))
-def test_options(home, pairs):
-    args = [f"--{name}={value}" for name, value in pairs]
-    if any(name in LARGE and len(value) > 2 for name, value in pairs):
-        args.append("--n_head=0")  # a model of that size would be built in earnest
-    done = call("train.py", *TINY, "--out_dir=options", *args, "--max_steps=2", cwd=home)
-    if one_line_or(done, 0, 1):
-        assert done.stdout
-
-
-NAMES = ["n_layer", "seed", "dropout", "dtype", "decay_lr", "dataset", "colour", "x y"]
-CODE = ["exit()", "1/0", "10**400", "open", "'bfloat16'", "2", "0.1", "(", "'", "\0", "\ud800", "\n"]
-
-
-@fuzz
-@given(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(CODE) | JSON.map(repr)), max_size=3))
-def test_config_files(home, pairs):
-    text = "".join(f"{name} = {code}\n" for name, code in pairs)
-    (home / "fuzz.py").write_bytes(text.encode("utf-8", "surrogatepass"))
-    one_line_or(call("train.py", *TINY, "fuzz.py", "--out_dir=configs", "--n_layer=1", "--max_steps=2", cwd=home), 0)
