@@ -80,7 +80,7 @@ def read_stream(stream, word):
 
 
 def printed_bound(done):
-    bound, error = re.search(r": (?:bound|nll) (\S+) ± (\S+) nats", works(done).stdout).groups()
+    bound, error = re.search(r": \w+ (?:bound|nll) (\S+) ± (\S+) nats", works(done).stdout).groups()
     return float(bound), float(error)
 
 
@@ -124,7 +124,22 @@ def test_two_processes_print_the_bound_of_one(home):
     one = works(call("train.py", *args, cwd=home))
     two = works(together(2, "train.py", *args, cwd=home))
     assert one.stdout == two.stdout
-    assert re.search(r"^out: bound \d\.\d{4} ", one.stdout, re.MULTILINE)
+    assert re.search(r"^out: test bound \d\.\d{4} ", one.stdout, re.MULTILINE)
+
+
+def test_evaluation_takes_blocks_spread_over_the_split(home, monkeypatch):
+    """3 of 10: the first, one in the middle, the last whole one. What fills no block is left out."""
+    read, seen = train.Data.read, []
+    monkeypatch.setattr(train.Data, "read", lambda self, split, starts: seen.extend(starts // L) or read(self, split, starts))
+    args = [*TINY, "--dataset=bpe", "--eval_only", "--eval_split=test"]
+    monkeypatch.chdir(home)
+    for count, blocks in (3, [0, 4, 9]), (0, list(range(10))):
+        monkeypatch.setattr(sys, "argv", ["train.py", *args, f"--eval_sequences={count}"])
+        with contextlib.suppress(SystemExit):
+            train.main()
+        assert seen == blocks
+        seen.clear()
+    assert "over 10 of 10 blocks" in works(call("train.py", *args, "--eval_sequences=0", cwd=home)).stdout
 
 
 def test_bits_are_counted_on_the_original_text(home, tmp_path):
@@ -178,7 +193,9 @@ def test_fine_tuning_starts_from_the_averaged_weights(start, home):
     ("--init_from=out --graph=uniform --eval_only", ["--graph=absorb"]),
     ("--init_from=out", ["'out'", "out_dir as well"]),
     ("--init_from=out/ckpt.pt", ["'out/ckpt.pt'", "out_dir as well"]),
-    ("--init_from=data --eval_only", ["data' is no folder or hub"]),
+    ("--init_from=data --eval_only", ["data has no model"]),
+    ("--init_from=out/mytext --eval_only", ["'out/mytext'", "no hub id"]),
+    ("--init_from=somewhere --eval_only", ["'somewhere'", "no checkpoint"]),
 ])  # fmt: skip
 def test_start_weights_that_do_not_fit(home, line, words):
     before = files(home)
@@ -266,17 +283,51 @@ def test_options_given_at_a_resume_reach_the_optimiser(home):
     assert optimizers["adamw"]["state"][0]["step"] == 21
 
 
-def test_a_checkpoint_of_no_finite_step_goes_on(home):
-    """It has no moments yet."""
-    meta = json.loads((home / "data/pydocs/meta.json").read_text())
-    model = sedd.SEDD(sedd.SEDDConfig(meta["vocab_size"], L, 1, 2, 32, 16))
-    model.output_layer.linear.bias.data[0] = 3e38
-    model.save_pretrained(home / "infinite")
-    works(call("train.py", "--init_from=infinite", "--max_steps=3", "--out_dir=never_finite", cwd=home))
-    works(call("train.py", "--init_from=resume", "--max_steps=4", "--out_dir=never_finite", cwd=home))
-    saved = checkpoint(home / "never_finite")
-    assert saved["step"] == 4 and not saved["optimizer"]["adamw"]["state"]
-    assert_same(saved["model"], dict(model.state_dict()))
+def test_what_is_not_finite_is_not_saved(home):
+    """A stop in such a step names the step that ckpt.pt holds; a last step that is not saved is no success."""
+    spoil = lambda saved: saved["model"]["output_layer.linear.bias"].__setitem__(0, 3e38)  # finite, but not its exp
+    put_checkpoint(home, "unsaved", spoil)
+    before = (home / "unsaved/ckpt.pt").read_bytes()
+    done = call("train.py", "--init_from=resume", "--max_steps=24", "--out_dir=unsaved", cwd=home)
+    assert done.returncode == 1 and "unsaved/ckpt.pt holds step 20:" in done.stdout
+    assert (home / "unsaved/ckpt.pt").read_bytes() == before
+    (home / "stopped.py").write_text(WRAPPED % STOP_IN_A_STEP)
+    done = run(home / "stopped.py", "--init_from=resume", "--max_steps=24", "--out_dir=unsaved", cwd=home)
+    assert done.returncode == 143 and "unsaved/ckpt.pt holds step 20:" in done.stdout
+    assert (home / "unsaved/ckpt.pt").read_bytes() == before
+
+
+STOP_IN_A_STEP = """import signal, torch
+clip = torch.nn.utils.clip_grad_norm_
+def killed(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return clip(*args)
+torch.nn.utils.clip_grad_norm_ = killed"""
+
+
+def test_the_gradient_is_clipped(home):
+    """AdamW's first moment after a step is a tenth of the gradient: its norm is that of --grad_clip, or the gradient's."""
+    norms = {}
+    for clip in 0.25, 0:
+        args = [*TINY, "--optimizer=adamw", "--max_steps=1", f"--grad_clip={clip}", f"--out_dir=clipped{clip}"]
+        works(call("train.py", *args, cwd=home))
+        moments = checkpoint(home / f"clipped{clip}")["optimizer"]["adamw"]["state"].values()
+        norms[clip] = 10 * sum(state["exp_avg"].double().square().sum() for state in moments).sqrt().item()
+        (record,) = read_log(home / f"clipped{clip}")
+        assert record["norm"] > 0.5
+    assert norms[0.25] == pytest.approx(0.25, rel=1e-3) and norms[0] == pytest.approx(record["norm"], rel=1e-3)
+
+
+def test_a_training_draws_every_window(home, monkeypatch):
+    """Of 35 tokens there are four windows of 32, the last one too."""
+    (home / "data/few").mkdir()
+    np.arange(35).astype("<u2").tofile(home / "data/few/train.bin")
+    np.arange(35).astype("<u2").tofile(home / "data/few/val.bin")
+    (home / "data/few/meta.json").write_text(json.dumps({"vocab_size": 35, "dtype": "<u2"}))
+    o = train.Options(**SIZES | {"batch_size": 100}, data_dir=str(home / "data"), dataset="few")
+    data, model = train.Data(o), sedd.SEDD(sedd.SEDDConfig(35, L, 1, 2, 32, 16))
+    ((x0, _, _),) = data.batch(o, 0, model)
+    assert {*x0[:, 0].tolist()} == {0, 1, 2, 3} and (x0 == x0[:, :1] + torch.arange(L)).all()
 
 
 # -------------------------------------------------------------------------------------------------------- signals
@@ -302,12 +353,7 @@ def test_sigterm_ends_the_step_and_loses_nothing(home):
 
 
 def test_a_signal_in_the_last_step_stops_nothing(home):
-    (home / "late.py").write_text(WRAPPED % "import signal, torch\n"
-                                            "clip = torch.nn.utils.clip_grad_norm_\n"
-                                            "def killed(*args):\n"
-                                            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-                                            "    return clip(*args)\n"
-                                            "torch.nn.utils.clip_grad_norm_ = killed")  # fmt: skip
+    (home / "late.py").write_text(WRAPPED % STOP_IN_A_STEP)
     done = run(home / "late.py", *TINY, "--max_steps=1", "--out_dir=late", cwd=home)
     assert "late/ckpt.pt is ready" in works(done).stdout and "stopping after this step" in done.stderr
 
@@ -339,8 +385,8 @@ def test_every_earlier_checkpoint_is_kept(home):
         works(call("train.py", *TINY, f"--max_steps={steps}", "--out_dir=thrice", cwd=home))
     for steps, name in (1, ".old"), (2, ".old2"), (3, ""):
         assert torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] == steps
-        log = [json.loads(line) for line in (home / "thrice" / f"log{name}.jsonl").read_text().splitlines()]
-        assert (log[0]["step"], log[0]["options"]["max_steps"], log[-1]["step"]) == (0, steps, steps)
+    lines = [json.loads(line) for line in (home / "thrice/log.jsonl").read_text().splitlines() if line]
+    assert [line["options"]["max_steps"] for line in lines if "options" in line] == [1, 2, 3]
 
 
 def test_the_average_remembers_no_graph(home, monkeypatch):
@@ -349,7 +395,8 @@ def test_the_average_remembers_no_graph(home, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setattr(train, "evaluate", lambda model, *args, **kwargs: seen.extend(model.parameters()) or {})
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--max_steps=3", "--out_dir=average"])
-    train.main()
+    with contextlib.suppress(SystemExit):
+        train.main()
     assert seen and all(p.grad_fn is None and not p.requires_grad for p in seen)
 
 
@@ -362,8 +409,8 @@ def test_each_process_has_a_gpu_of_its_own(home, monkeypatch):
 
 def test_sigint_during_an_evaluation(home):
     process = launch(home, *TINY, "--eval_only", "--eval_times=10000000")
-    read_stream(process.stdout, "blocks")
-    time.sleep(1)
+    time.sleep(2)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in err
@@ -442,8 +489,10 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name='__main__')
 def test_the_log_names_what_was_measured(home, option, keys):
     works(call("train.py", *TINY, option, "--max_steps=1", "--out_dir=named", cwd=home))
     (record,) = read_log(home / "named")
-    assert record.keys() == {"step", "loss", "norm", "lr", "ms", "tokens_per_s"} | keys
-    assert json.loads((home / "named/log.jsonl").read_text().splitlines()[0])["options"]["out_dir"] == "named"
+    assert record.keys() == {"step", "loss", "norm", "lr", "ms", "tokens_per_s", "skipped"}
+    (record,) = read_log(home / "named", min(keys))
+    assert record.keys() == {"step"} | keys
+    assert '"out_dir": "named"' in (home / "named/log.jsonl").read_text().splitlines()[1]
 
 
 def test_speed_is_that_of_the_steps_alone(home, monkeypatch):
@@ -462,7 +511,7 @@ def test_a_folder_of_nanogpt_trains_as_it_is(home):
     done = works(call("train.py", *TINY, "--dataset=nano", "--max_steps=1", "--out_dir=nano", cwd=home))
     assert "bits per byte" not in done.stdout and checkpoint(home / "nano")["config"]["vocab_size"] == 50257
     done = call("train.py", *TINY, "--dataset=nano", "--eval_only", "--eval_split=test", cwd=home)
-    complains(done, "train.py", "data/nano/test.bin", "not with this split")
+    complains(done, "train.py", "data/nano/test.bin", "not prepared")
     (home / "data/nano/meta.pkl").touch()  # that of nanoGPT's characters
     complains(call("train.py", *TINY, "--dataset=nano", cwd=home), "train.py", "data/nano", "not prepared")
 
@@ -595,8 +644,8 @@ def test_float16_ends_near_bfloat16(home):
     for dtype in "float16", "bfloat16":
         args = [*TINY, f"--dtype={dtype}", "--max_steps=50", "--warmup_steps=5", "--eval_sequences=32"]
         done = works(call("train.py", *args, f"--out_dir={dtype}", cwd=home))
-        assert f"in {dtype}, math attention" in done.stdout
-        bounds[dtype] = read_log(home / dtype)[-1]["val_bound"]
+        assert f"in {dtype};" in done.stdout
+        bounds[dtype] = read_log(home / dtype, "val_bound")[-1]["val_bound"]
     assert bounds["float16"] == pytest.approx(bounds["bfloat16"], abs=0.1)
     assert checkpoint(home / "float16")["scaler"]["scale"] >= 1 and checkpoint(home / "bfloat16")["scaler"] == {}
 
@@ -658,14 +707,15 @@ def test_the_run_goes_on_when_the_disk_has_room_again(home):
         home, *args, "--out_dir=tight", preexec_fn=limit_files(20_000)
     )  # old PyTorch writes 10,000 of its own
     read_stream(process.stderr, "warning: step 5 was not saved")
-    wait_for(lambda: (home / "tight/log.jsonl").stat().st_size == 20_000, process)
+    wait_for(lambda: (home / "tight/log.jsonl").stat().st_size == 20_000, process)  # the rest of it is lost
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_for((home / "tight/ckpt.pt").is_file, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
     step = checkpoint(home / "tight")["step"]
-    assert [record["step"] for record in read_log(home / "tight")] == list(range(1, step + 1))
+    steps = [record["step"] for record in read_log(home / "tight")]
+    assert steps[0] == 1 and steps[-1] == step and steps == sorted({*steps})
 
 
 # ----------------------------------------------------------------------------------------------------- not finite
@@ -678,11 +728,7 @@ def test_a_learning_rate_out_of_this_world_stops_the_run(home):
     assert done.returncode == 1
     first, last = map(int, re.search(r"not finite in steps (\d+) to (\d+)", done.stderr).groups())
     assert last - first >= 9 and last <= 30
-    assert f"Data.batch(o, {first - 1}, model), seed=3" in done.stderr
-    log = read_log(home / "wild")
-    assert sum(record.get("skipped", 0) for record in log) >= 1
-    if (home / "wild/ckpt.pt").is_file():
-        assert all(tensor.isfinite().all() for tensor in checkpoint(home / "wild")["model"].values())
+    assert sum(record["skipped"] for record in read_log(home / "wild")) >= 1
 
 
 @pytest.mark.parametrize("least, most, interval", [(2, 4, 1), (11, 20, 1), (11, 20, 10)],
@@ -720,9 +766,6 @@ def test_ten_in_a_row_stop_the_run(home):
     assert done.returncode == 1 and "not finite in steps 21 to 30" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------- pleasure
-
-
 # ----------------------------------------------------------------------------------------------------------- fuzz
 
 
@@ -743,8 +786,6 @@ OTHERS = {
     "no average": lambda saved: saved.pop("ema"),
     "another width": lambda saved: saved["config"].update(n_embd=64),
     "half a weight": lambda saved: saved["ema"]["vocab_embed.embedding"].resize_(3, 32),
-    "not a number": lambda saved: saved["ema"]["output_layer.linear.bias"].fill_(math.nan),
-    "no shape": lambda saved: saved["config"].update(n_head=0),
 }  # fmt: skip
 
 
@@ -752,14 +793,26 @@ OTHERS = {
 def test_checkpoints_of_another_version(home, change):
     put_checkpoint(home, "version", change)
     done = call("train.py", "--init_from=resume", "--out_dir=version", "--max_steps=30", cwd=home)
-    complains(done, "train.py", "version/ckpt.pt", "another version")
+    complains(done, "train.py", "version/ckpt.pt", "version")
+
+
+def test_a_bug_of_a_fork_is_no_fault_of_the_checkpoint(home, monkeypatch):
+    """It shows as it is, with its traceback."""
+
+    class Fork(sedd.SEDD):
+        def __init__(self, config):
+            raise TypeError("a bug of my own")
+
+    monkeypatch.setitem(sedd.MODELS, "score", Fork)
+    with pytest.raises(TypeError, match="a bug of my own"):
+        train.load_model(str(home / "out"))
 
 
 def test_an_option_that_is_gone_is_named(home):
     """A run could not go on as it was. Its weights can be evaluated, tuned and sampled all the same."""
     put_checkpoint(home, "renamed", lambda saved: saved["options"].update(colour=1))
     done = call("train.py", "--init_from=resume", "--out_dir=renamed", "--max_steps=30", cwd=home)
-    complains(done, "train.py", "renamed/ckpt.pt", "unknown option 'colour'")
+    complains(done, "train.py", "renamed/ckpt.pt", "another version", "'colour'")
     works(call("train.py", "--init_from=renamed", "--eval_only", cwd=home))
 
 
