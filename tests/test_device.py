@@ -220,7 +220,7 @@ def test_without_a_gpu_one_line_says_so():
 
 def test_what_a_cpu_can_do_of_the_first_ten_minutes():
     """Not `recompilations`, which has a test of its own above."""
-    checks = ["loss", "attention", "profile", "mfu", "sampling", "by_process", "together", "failing", "restart"]
+    checks = ["nccl", "shared_card", "loss", "attention", "profile", "mfu", "sampling", "by_process", "together", "failing", "restart"]
     done = gpu_py("--device=cpu", "--tiny", "--batch=2", "--only", *checks)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]

@@ -575,7 +575,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 import sedd, train
-train.join_processes()
+train.join_processes("cpu", torch.device("cpu"))
 o = train.Options(block_size=128, batch_size=128, micro_batch_size=16, times="uniform", max_steps=20)
 data = train.Data(o)
 model = sedd.SEDD(sedd.SEDDConfig(data.vocab_size, 128, 1, 2, 32, 16))
@@ -595,17 +595,6 @@ dist.destroy_process_group()
     assert done.returncode == 0, done.stderr
     world, backend, busiest = done.stdout.split()
     assert (world, backend) == ("4", "gloo") and 1 <= float(busiest) <= 1.1
-
-
-def test_weights_of_one_two_and_four_processes_agree(home):
-    args = [*TINY, "--batch_size=8", "--max_steps=20", "--dtype=float32", "--warmup_steps=5", "--eval_interval=9999",
-            "--optimizer=adamw", "--learning_rate=0.002"]  # Muon counts in bfloat16: there a rounding can be much  # fmt: skip
-    for count in 1, 2, 4:
-        works(together(count, "train.py", *args, f"--out_dir=w{count}", cwd=home))
-    one = checkpoint(home / "w1")["model"]
-    for count in 2, 4:
-        many = checkpoint(home / f"w{count}")["model"]
-        assert max((many[name] - p).abs().max() for name, p in one.items()) < 1e-4
 
 
 def test_dropout_differs_between_processes_and_steps(home):
