@@ -11,22 +11,21 @@ true ratios. Its denoising form asks only for the ratios p(y | x0) / p(x | x0), 
 the noise and integrated over time, it bounds -log p(x0) from above, up to a term for each end. To sample, start from
 pure noise and run the chain backwards with the learned score.
 
-Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box, called in two ways:
-model(x, sigma) is its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that
-log score. Then come the transformer (5), two baselines on it, D3PM and GPT (6), and published weights (7).
+Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box: model(x, sigma) is
+its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that log score. (Of a
+network with `scores_at` the samplers ask only for some rows of the log score.) Then come the transformer (5), published
+weights (6), and two baselines, D3PM and GPT (7).
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
-x_t, both int64; sigma (B,) is the total noise up to time t, dsigma (B,) its rate d sigma / dt: the paper's sigma-bar
-and sigma. (In a Tweedie step dsigma is what it takes off sigma, in an Euler step dt times the rate.) x_T is x at t = 1,
-and p_base the start that the bound assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in
-nats, and rates of jumps are per unit of sigma.
+x_t, both int64. sigma is the total noise up to time t, dsigma its rate d sigma / dt: the paper's sigma-bar and sigma.
+delta is the noise that a step takes off. Models take sigma (B,); graphs take what broadcasts with x, sigma[:, None].
+(Where B = L a graph would take sigma (B,) for (L,), in silence.) x_T is x at t = 1, and p_base the start that the bound
+assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in nats, and rates of jumps are per
+unit of sigma.
 """
 
-import itertools
 import json
 import math
-import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -36,8 +35,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-SCORES_AT_A_TIME = {"cpu": 2**25, "mps": 2**25, "cuda": 2**29}  # rows x states, to bound the memory
 
 # ------------------------------------------------------------------------------------------------------
 # 1. Noise: the clock of the chain. For t (...) in [0, 1], noise(t) is the total noise sigma (...) and dsigma (...).
@@ -96,8 +93,8 @@ class Graph:
     and otherwise distributed as pi. Everything below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
-    sigma and dsigma broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
-    defines pi(y, dtype), y (...) -> pi_y (...). A graph of another kind overrides all that uses pi.
+    sigma and delta broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
+    defines pi(y, dtype), y (...) -> pi_y (...). A graph of another kind overrides each method that uses pi.
     """
 
     mask_id = None
@@ -141,31 +138,31 @@ class Graph:
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
     def ratio(self, sigma, x, x0):
-        """c = (1 - a) / p(x | x0) and r_x0 (...): the ratio r is c pi_y at every y but x0, and r_x0 at x0."""
+        """The ratios r = p(y | x0) / p(x | x0) for all y, in two numbers a token: (..., 2).
+
+        They are r at y = x0, and r pi_x / pi_y at every other y: the chance that x, given x0, has been hit.
+        """
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
-        return hit / p_x, (a + hit * self.pi(x0, sigma.dtype)) / p_x
+        return torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x], -1)
 
-    def score_entropy(self, log_score, sigma, x, x0, *ratio):
+    def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), where K(r) = r (log r - 1); at y = x
-        this is zero, for s = r = 1. The two tensors of `ratio`, if they are there already, are not computed again.
+        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), where K(r) = r (log r - 1). Where r is
+        large, these three cancel all their digits. So, with d = log s - log r, they are written r (e^d - 1 - d), which
+        is never negative; r = 0 leaves s alone.
         """
-        y = torch.arange(self.num_states, device=x.device)
-        c, r_x0 = ratio or self.ratio(sigma, x, x0)
-        pi, c = self.pi(y, log_score.dtype), c[..., None]
-        at_x0 = y == x0[..., None]
-        r = c * pi  # at every y but x0
-        K = r * (c.log() - 1) + c * torch.xlogy(pi, pi)  # r (log r - 1), as log r = log c + log pi
-        log_s = torch.where(pi > 0, log_score, 0.0)  # where r = 0 there is no r log s, whatever log s
-        entropy = torch.where(at_x0, 0.0, log_score.exp() - r * log_s + K).sum(-1)
-
-        # At x0 r can be so large that the three terms cancel all their digits. With d = log s - log r they are
-        # r (e^d - 1 - d): never negative, and zero at s = r. (To gather log s would split the compiled kernel.)
-        d = torch.where(at_x0, log_score, 0.0).sum(-1) - r_x0.log()
-        return self.pi(x, log_score.dtype) * (entropy + r_x0 * (torch.expm1(d) - d))
+        r_x0, hit = self.ratio(sigma, x, x0)[..., None, :].unbind(-1)
+        y, x, x0 = torch.arange(self.num_states, device=x.device), x[..., None], x0[..., None]
+        pi, pi_x = self.pi(y, log_score.dtype), self.pi(x, log_score.dtype)
+        pi = pi / torch.where(pi_x > 0, pi_x, 1.0)
+        r = torch.where(y == x0, r_x0, hit * pi)
+        log_r = torch.where(y == x0, r_x0.log(), hit.log() + pi.log())
+        d = torch.where(r > 0, log_score - log_r, 0.0)
+        entropy = torch.where(r > 0, r * (torch.expm1(d) - d), log_score.exp())
+        return (pi_x * torch.where(y == x, 0.0, entropy)).sum(-1)
 
     def reverse_rate(self, score, x):
         """Rates of the reversed chain out of x, per unit of sigma: Q[x, y] s_y at y != x, (..., S); the sum is 0."""
@@ -173,21 +170,27 @@ class Graph:
         rate = (self.pi(x, score.dtype) * score).scatter_(-1, x, 0.0)
         return rate.scatter_(-1, x, -rate.sum(-1, keepdim=True))
 
-    def tweedie_probs(self, score, dsigma, x):
-        """p(y) = (exp(-dsigma Q) s)_y exp(dsigma Q)[x, y], (..., S): the Tweedie step, which undoes the noise dsigma.
+    def tweedie_probs(self, score, delta, x):
+        """p(y) = (exp(-delta Q) s)_y exp(delta Q)[x, y], (..., S): the Tweedie step, which undoes the noise delta.
 
-        With the true scores it is, for each position by itself, p(its token at noise sigma - dsigma | x). Learned
+        With the true scores it is, for each position by itself, p(its token at noise sigma - delta | x). Learned
         scores can make entries negative; these become zero.
         """
-        x, undo = x[..., None], torch.expm1(dsigma)[..., None]
+        x, undo = x[..., None], torch.expm1(delta)[..., None]
         pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        # exp(-dsigma Q) s is (1 + undo) s - undo (sum of s) pi, and exp(dsigma Q)[x, y] is [y = x] + undo pi_x, over
-        # e^dsigma, which the last line takes out
+        # exp(-delta Q) s is (1 + undo) s - undo (sum of s) pi, and exp(delta Q)[x, y] is [y = x] + undo pi_x, over
+        # e^delta, which the last line takes out
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
         jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
+        return probs.div_(probs.sum(-1, keepdim=True))
+
+    def denoise_probs(self, score, sigma, x):
+        """The last step, from noise sigma to none at all: Tweedie's, but MASK is no longer an answer. (..., S)."""
+        probs = self.tweedie_probs(score, sigma, x)
+        probs[..., self.vocab_size :] = 0
         return probs.div_(probs.sum(-1, keepdim=True))
 
 
@@ -206,7 +209,7 @@ class Absorbing(Graph):
 
 
 class Uniform(Graph):
-    """A token that is hit turns into any of all N, even itself: Q = 1 1^T / N - I, an N-th of the paper's Q_uniform."""
+    """A token that is hit turns into any of all N, even itself: Q_uniform = 1 1^T / N - I."""
 
     def pi(self, y, dtype=torch.float32):
         return torch.full_like(y, 1 / self.num_states, dtype=dtype)
@@ -240,6 +243,11 @@ def diffusion_loss(model, graph, noise, x0, t=None, x=None):
     return dsigma * model(x, sigma, x0).sum(-1)
 
 
+def rows_at_a_time(x, graph):
+    """How many rows of S scores to hold at a time, to bound the memory on the device of x."""
+    return max(1, (2**29 if x.is_cuda else 2**25) // graph.num_states)
+
+
 @torch.no_grad()
 def nll_bound(model, graph, noise, x0, num_times=128):
     """An unbiased draw of an upper bound on -log p(x0): x0 (B, L) -> (B,), nats per sequence.
@@ -263,120 +271,135 @@ def nll_bound(model, graph, noise, x0, num_times=128):
         bound += 2 * u / num_times * diffusion_loss(model, graph, noise, x0, u**2)  # dt = 2 u du
     sigma, _ = noise(torch.zeros_like(shift))
     if sigma[0] > 0:
-        x = graph.sample_transition(x0, sigma[:, None])
-        size = max(1, SCORES_AT_A_TIME[x.device.type] // x[0].numel() // graph.num_states)  # sequences at a time
-        for part in torch.arange(len(x), device=x.device).split(size):  # this term alone needs all scores of a sequence
-            probs = denoise_probs(graph, model(x[part], sigma[part]).exp(), sigma[part, None], x[part])
-            bound[part] -= probs.gather(-1, x0[part, :, None]).log().sum((1, 2))
+        x, size = graph.sample_transition(x0, sigma[:, None]), max(1, rows_at_a_time(x0, graph) // x0.shape[1])
+        for x, sigma, x0, part in zip(x.split(size), sigma.split(size), x0.split(size), bound.split(size)):
+            probs = graph.denoise_probs(model(x, sigma).exp(), sigma[:, None], x)
+            part -= probs.gather(-1, x0[..., None]).log().sum((1, 2))
     return bound
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4. Samplers: the reversed chain, cut into steps in which all positions jump independently, or token by token.
+# 4. Samplers: the reversed chain, cut into steps in which all positions jump independently, or token by token. A step
+# makes probabilities of scores (step_probs), and draws from them (jump). Two loops yield the states x (B, L), from pure
+# noise to clean tokens: steps_of and first_hitting. `sample` runs one of them.
 
 
-def euler_probs(graph, score, dsigma, x):
-    """Tau-leaping, where dsigma is dt times its rate at t: delta(x, y) + dsigma reverse_rate(score, x)_y, (..., S)."""
-    probs = graph.reverse_rate(score, x) * dsigma[..., None]
+def euler_probs(graph, score, delta, x):
+    """Tau-leaping, where delta is dt dsigma(t): [y = x] + delta reverse_rate(score, x)_y, (..., S)."""
+    probs = graph.reverse_rate(score, x) * delta[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative
 
 
-def denoise_probs(graph, score, sigma, x):
-    """The last step, from sigma to no noise at all: Tweedie's, but MASK is no longer an answer. (..., S)."""
-    probs = graph.tweedie_probs(score, sigma, x)
-    probs[..., graph.vocab_size :] = 0
-    return probs.div_(probs.sum(-1, keepdim=True))
+def step_probs(sampler, graph, score, x, sigma, after, leap):
+    """Where tokens x (R,) go, by their scores (R, S), in a step from noise sigma to noise `after`: chances (R, S).
+
+    The noise that Euler takes off is leap = dt dsigma(t). All three are numbers.
+    """
+    if after == 0:
+        return graph.denoise_probs(score, torch.full_like(score[:, 0], sigma), x)
+    if sampler == "euler":
+        return euler_probs(graph, score, torch.full_like(score[:, 0], leap), x)
+    return graph.tweedie_probs(score, torch.full_like(score[:, 0], sigma - after), x)
+
+
+def in_float64(tensor):
+    """The tensor in float64, which MPS does not have: from there it goes to the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def sample_categorical(probs, top_p=1.0):
     """Exact draws from probs (..., S), normalised or not -> (...), by inverting the running sum in float64.
 
-    The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model
-    is, and look better for it (arXiv 2409.02908). top_p < 1 cuts the tail on purpose: it draws only from the
-    likeliest states, as many as hold this share, and at least from one.
+    The Gumbel trick in float32 cannot reach far into the tail: it makes samples less diverse than the model is, and
+    look better for it (arXiv 2409.02908). top_p < 1 cuts the tail on purpose: it draws only from the likeliest states,
+    as many as hold this share, and at least from one.
     """
-    device, probs = probs.device, probs.cpu() if probs.device.type == "mps" else probs  # MPS has no float64
+    device, probs = probs.device, in_float64(probs)
     if top_p < 1:
         likely, y = probs.sort(-1, descending=True)
-        before = likely.cumsum(-1) - likely
+        before = likely.cumsum(-1) - likely  # what the likelier states hold
         kept = (before < top_p * likely.sum(-1, keepdim=True)) | (before == 0)
         probs = torch.zeros_like(probs).scatter(-1, y, likely * kept)
-    running = probs.double().cumsum(-1)
-    u = torch.rand(running.shape[:-1], dtype=torch.float64, device=running.device) * running[..., -1]
+    running = probs.cumsum(-1)
+    u = torch.rand(running.shape[:-1], dtype=running.dtype, device=running.device) * running[..., -1]
     return torch.searchsorted(running, u[..., None], right=True)[..., 0].clamp(max=probs.shape[-1] - 1).to(device)
 
 
+def jump(x, probs, top_p):
+    """x (R,) after a draw from probs (R, S): first whether a token jumps and then, for the few that do, where to.
+
+    top_p cuts the second draw alone. probs is used up.
+    """
+    stay, jumps = probs.gather(-1, x[:, None]), probs.scatter_(-1, x[:, None], 0.0)
+    jumping = sample_categorical(torch.cat([stay, jumps.sum(-1, keepdim=True)], -1)).nonzero()[:, 0]
+    return x.scatter(0, jumping, sample_categorical(jumps[jumping], top_p))
+
+
 def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
-    """The states that follow x (B, L), pure noise at the places `free` (B, L) and text elsewhere, after each step.
+    """The states of x (B, L) in so many steps of equal dt, of which only the places `free` (B, L) change.
 
     scores_at(x, sigma) is a function from places rows (R,) in x.flatten() to the log scores there (R, S).
     """
-    size = max(1, SCORES_AT_A_TIME[x.device.type] // graph.num_states // 2)  # places at a time; draws are in float64
-    shape, x, free = x.shape, x.flatten(), free.flatten()
+    yield x
     sigmas, rates = (values.tolist() for values in noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
     sigmas[-1] = 0.0  # the last step is to clean data, also where the schedule starts above zero
-    for step in range(steps):
-        rows, sigma, after = (free & graph.can_change(x)).nonzero()[:, 0], sigmas[step], sigmas[step + 1]
-        fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after)) if eta and after else None
+    size = max(1, rows_at_a_time(x, graph) // 2)  # draws are in float64
+    for sigma, after, rate in zip(sigmas, sigmas[1:], rates):
+        rows = (free & graph.can_change(x)).flatten().nonzero()[:, 0]
+        goals = [(rows, after)]
+        if eta and after:  # some places go to clean data, and get new noise
+            fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after))
+            of_rows = fresh.flatten()[rows]
+            goals = [(rows[~of_rows], after), (rows[of_rows], 0.0)]
         if len(rows):
-            step_probs, dsigma = graph.tweedie_probs, sigma - after
-            if not after:
-                step_probs = partial(denoise_probs, graph)
-            elif sampler == "euler":
-                step_probs, dsigma = partial(euler_probs, graph), rates[step] / steps
-            log_score = scores_at(x.view(shape), torch.full(shape[:1], sigma, device=x.device))
-            for part in rows.split(size):
-                here, score = x[part], log_score(part)
-                # a step magnifies rounding by up to e^sigma (and MPS has no float64)
-                score = (score.double() if sigma > 9 and x.device.type != "mps" else score).exp_()
-                probs = step_probs(score, torch.full_like(score[:, 0], dsigma), here)
-                if fresh is not None:
-                    clean = denoise_probs(graph, score, torch.full_like(score[:, 0], sigma), here)
-                    probs = torch.where(fresh[part, None], clean, probs)
-
-                # Few tokens jump: draw first which do, and only for these, where to. A GPU waits for their number.
-                stay, jumps = probs.gather(-1, here[:, None]), probs.scatter_(-1, here[:, None], 0.0)
-                jumping = sample_categorical(torch.cat([stay, jumps.sum(-1, keepdim=True)], -1)).nonzero()[:, 0]
-                x = x.scatter(0, part[jumping], sample_categorical(jumps[jumping], top_p))
-        if fresh is not None:
+            log_score_at = scores_at(x, torch.full(x.shape[:1], sigma, device=x.device))
+            for part, goal in [(part, goal) for places, goal in goals for part in places.split(size)]:
+                # a step can magnify rounding by e^(sigma - after), which exact scores do not deserve
+                score = in_float64(log_score_at(part)) if sigma > 9 else log_score_at(part)
+                here = x.flatten()[part].to(score.device)
+                probs = step_probs(sampler, graph, score.exp_(), here, sigma, goal, rate / steps)
+                x = x.flatten().scatter(0, part, jump(here, probs, top_p).to(x.device)).view(x.shape)
+        if eta and after:
             x = torch.where(fresh, graph.sample_transition(x, torch.tensor(after, device=x.device)), x)
-        yield x.view(shape)
+        yield x
 
 
 def first_hitting(scores_at, graph, noise, x, top_p):
-    """The states that follow x (B, L) in continuous time: a call turns one MASK of each sequence into a token.
+    """The states of x (B, L) in continuous time: a call of the model turns one MASK of each sequence into a token.
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
     m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
-    exact scores this draws from p(x0), and no step is too long. Learned scores need not sum to 1 / (e^sigma - 1), as
-    exact ones do. A sum that is off makes Tweedie write a token sooner or later. Here only their proportions count.
+    exact scores this draws from p(x0), but for what is masked at the end of the noise and appears at once: under
+    geometric noise two tokens or more, in half a percent of texts of 1,024. Learned scores need not sum to
+    1 / (e^sigma - 1), as exact ones do. A sum that is off makes Tweedie write a token sooner or later. Here only their
+    proportions count.
     """
-    m, end = -torch.expm1(-noise(torch.tensor([[1.0], [0.0]], dtype=torch.float64, device="cpu"))[0])
+    yield x
+    start, end = torch.log(-torch.expm1(-noise(torch.tensor([1.0, 0.0], dtype=torch.float64))[0])).tolist()
+    log_m = torch.full_like(x[:, :1], start, dtype=torch.float32)
     while (masked := x == graph.mask_id).any():
-        u, n = torch.rand(len(x), 1, dtype=torch.float64, device="cpu"), masked.sum(-1, keepdim=True).cpu()
-        m = torch.maximum(m * u ** (1 / n.clamp(min=1)), end)  # at the end of the noise all the rest appears
+        wait = torch.empty_like(log_m).exponential_() / masked.sum(-1, keepdim=True).clamp(min=1)  # -log u / n
+        log_m = (log_m - wait).clamp(min=end)
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
-        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (m == end).to(x.device))
-        sigma = -torch.log1p(-m[:, 0]).float().to(x.device)
+        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (log_m == log_m.new_tensor(end)))
+        sigma = -torch.log(-torch.expm1(log_m[:, 0]))
         log_score = scores_at(x, sigma)(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
         yield x
 
 
 @torch.no_grad()
-def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, device=None, callback=None,
-           top_p=1.0, eta=0.0):  # fmt: skip
-    """Draw sequences of the given shape (B, L) -> (B, L) tokens, never MASK.
+def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None, top_p=1.0, eta=0.0):
+    """Draw sequences: prompt (B, L), tokens to keep and -1 where to write -> (B, L) tokens, on the same device.
 
-    `tweedie` and `euler` call the model at most `steps` times. Given the true scores `tweedie` is optimal among the
-    steps that move each position independently, and exact for a single position; `euler` is tau-leaping. Both end with
-    `denoise_probs`. (Under the absorbing graph with log-linear noise they are the same for any scores, for
-    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting, without steps.
+    No MASK is left where scores are finite. `tweedie` and `euler` call the model at most `steps` times. Given the true
+    scores `tweedie` is optimal among the steps that move each position independently, and exact for a single position;
+    `euler` is tau-leaping. Both end with graph.denoise_probs. (Under the absorbing graph with log-linear noise they are
+    the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting.
 
-    prompt (B, L) has tokens to keep, and -1 elsewhere. Under the absorbing graph exact scores and small steps then give
-    p(rest | kept): a kept token looks like one that noise has missed. (A network has seen few of these at t near 1.)
-    Under the uniform graph they do not, however small the steps: a kept token is taken for one that may be noisy.
+    Under the absorbing graph exact scores and small steps give p(rest | kept): a kept token looks like one that noise
+    has missed. Under the uniform graph they do not: a kept token is taken for one that may be noisy.
 
     top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
     once more after it is written: instead of a step to noise sigma', a position takes, with chance
@@ -384,21 +407,21 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
     From x ~ p_t such a step, with exact scores, gives each position its marginal. callback(step, x), if given, sees
     each state from the first (step 0) to the last. ValueError at wrong steps, sampler or prompt.
     """
-    known = ["tweedie", "euler"] + ["exact"] * (graph.mask_id is not None and not eta)
-    if sampler not in known:
-        raise ValueError(f"sampler={sampler!r} is none of {known} (exact: with MASK, no eta)")
-    if steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
-    x = graph.sample_prior(*shape, device=device)
-    prompt = torch.full_like(x, -1) if prompt is None else prompt.to(x.device)
-    if prompt.shape != x.shape or prompt.max() >= graph.vocab_size:
-        raise ValueError(f"prompt must be {tuple(x.shape)} tokens below {graph.vocab_size}, or -1 to generate")
-    free, x = prompt < 0, torch.where(prompt < 0, x, prompt)
+    if sampler not in ("tweedie", "euler", "exact") or steps < 1:
+        raise ValueError(f"sampler={sampler!r} must be tweedie, euler or exact, and steps={steps} at least 1")
+    if sampler == "exact" and (graph.mask_id is None or eta):
+        raise ValueError("sampler='exact' needs a graph with MASK, and eta=0")
+    if prompt.dim() != 2 or prompt.max() >= graph.vocab_size:
+        raise ValueError(f"prompt must be (B, L) tokens below {graph.vocab_size}, or -1 to generate")
+    free = prompt < 0
+    x = torch.where(free, graph.sample_prior(*prompt.shape, device=prompt.device), prompt)
     # SEDD computes only the scores that are asked for
     scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)
-    states = (first_hitting(scores_at, graph, noise, x, top_p) if sampler == "exact" else
-              steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta))  # fmt: skip
-    for step, x in enumerate(itertools.chain([x], states)):
+    if sampler == "exact":
+        states = first_hitting(scores_at, graph, noise, x, top_p)
+    else:
+        states = steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta)
+    for step, x in enumerate(states):
         if callback:
             callback(step, x)
     return x
@@ -411,7 +434,6 @@ def sample(model, graph, noise, shape, steps, sampler="tweedie", prompt=None, de
 
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
 NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
-again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # again(f, x): f(x), and once more backward
 
 
 @dataclass
@@ -427,18 +449,12 @@ class SEDDConfig:
     dropout: float = 0.1
     graph: str = "absorb"  # or uniform
     noise: str = "loglinear"  # or geometric
-    parameterization: str = "score"  # or mean, or causal: baselines, section 6
+    parameterization: str = "score"  # or mean, or causal: the baselines of section 7
 
     def __post_init__(self):
-        for name in "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "cond_dim":
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width")
-        for name, known in ("graph", GRAPHS), ("noise", NOISES), ("parameterization", MODELS):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.parameterization == "causal" and self.graph != "absorb":
+        if self.parameterization == "causal" and GRAPHS[self.graph](1).mask_id is None:
             raise ValueError(f"graph={self.graph!r} has no MASK, with which parameterization='causal' begins a text")
 
 
@@ -506,10 +522,46 @@ class Transformer(nn.Module):
         shift, scale = self.output_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
         return torch.addcmul(shift, self.output_layer.norm_final(h), 1 + scale)
 
+    # The rest of this class makes the same numbers in less time and memory: no tensor has (B, L, S) entries.
+
+    compiled = False
+
+    def loss_of_rows(self, rows, h, *inputs):
+        """The row_loss of rows (R,), places in the flattened features h (B, L, n_embd) and inputs (B, L) -> (B, L), 0 at
+        other places. The vocabulary is met by a block of rows at a time. Two blocks keep their logits for the backward
+        pass; others compute them again.
+        """
+        head, S, kind, shape = self.output_layer.linear, self.graph.num_states, h.device.type, h.shape[:2]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        # GPUs multiply faster where sizes are multiples of 8. And an empty block would be compiled anew.
+        W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
+        places = F.pad(rows, (0, 8 - len(rows) % 8))
+        h, *inputs = (tensor.flatten(0, 1).index_select(0, places) for tensor in (h, *inputs))
+        # compiled, a block needs no memory for what is computed on the way
+        size = max(1, rows_at_a_time(h, self.graph) // (8 if self.compiled else 128)) * 8
+        losses = []
+        for i, block in enumerate(zip(*(tensor.split(size) for tensor in (h.to(dtype), *inputs)))):
+            again = partial(checkpoint, self.block_loss, use_reentrant=False, preserve_rng_state=False)
+            losses.append((self.block_loss if i < 2 else again)(W, b, *block))
+        losses = torch.cat(losses)[: len(rows)]
+        return losses.new_zeros(shape).flatten().scatter(0, rows, losses).view(shape)
+
+    def block_loss(self, W, b, h, *inputs):
+        """The head's W (P, n_embd) and b (P,) with P >= S, h (R, n_embd), inputs (R,) -> row_loss (R,)."""
+        return self.row_loss(F.linear(h, W, b)[:, : self.graph.num_states], *inputs)
+
     def compile(self):
-        """Compile in place, block by block: so one compilation serves them all, and DDP can overlap them."""
+        """Compile in place the loss of a block of rows, and the blocks of the trunk, one by one: so one compilation serves
+        them all, and DDP can overlap them.
+        """
         for block in self.blocks:
             block.compile()
+        # Else two sizes that are equal at the first call would be taken to be equal for ever.
+        torch.fx.experimental._config.use_duck_shape = False
+        # Tiles of two dimensions, rows and states, spare Triton a division for every score.
+        options = {"triton.prefer_nd_tiling": True}
+        self.block_loss = torch.compile(self.block_loss, dynamic=True, options=options)
+        self.compiled = True
 
 
 class SEDD(Transformer):
@@ -519,42 +571,15 @@ class SEDD(Transformer):
     """
 
     def forward(self, x, sigma, x0=None):
-        """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x.
-
-        With x0 (B, L): the denoising score entropy (B, L), equal to graph.score_entropy of the log score, but made
-        without a tensor (B, L, S). Only rows that have a loss (places in x.flatten()) meet the vocabulary, a block
-        of them at a time. The first two blocks keep their logits for the backward pass; others compute them again.
-        """
+        """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x; with x0 (B, L), its score entropy (B, L)."""
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
-        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # before the trunk: it waits for the GPU
-        h, head, S = self.trunk(x, sigma).flatten(0, 1), self.output_layer.linear, self.graph.num_states
-        kind, entropy = x.device.type, []
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
-        # GPUs multiply faster where sizes are multiples of 8. And an empty block would be compiled anew.
-        W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
-        places, size = F.pad(rows, (0, 8 - len(rows) % 8)), max(1, SCORES_AT_A_TIME[kind] // S // 8) * 8
-        h = h.index_select(0, places).to(dtype)
-        sigma, x_t, x0 = sigma[places // x.shape[1]], x.flatten()[places], x0.flatten()[places]
-        inputs = h, sigma, x_t, x0, *self.graph.ratio(sigma, x_t, x0)
-        for i, block in enumerate(zip(*(tensor.split(size) for tensor in inputs))):
-            run = self.block_entropy if i < 2 else partial(again, self.block_entropy)
-            entropy.append(run(W, b, *block))
-        entropy = torch.cat(entropy)[: len(rows)]
-        return torch.zeros_like(x, dtype=entropy.dtype).flatten().scatter(0, rows, entropy).view(x.shape)
+        rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # before the trunk, for it waits for the GPU
+        return self.loss_of_rows(rows, self.trunk(x, sigma), sigma[:, None].expand_as(x), x, x0)
 
-    def block_entropy(self, W, b, h, *inputs):
-        """The head's W (P, d) and b (P,) with P >= S, h (R, d), sigma, x, x0 and ratio (R,) -> score entropy (R,)."""
-
-        def entropy(logits, sigma, x, x0, *ratio):
-            return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0, *ratio)
-
-        logits = F.linear(h, W, b)[:, : self.graph.num_states]
-        if torch.compiler.is_compiling():
-            return entropy(logits, *inputs)  # one kernel: what is computed on the way needs no memory
-        few = max(1, SCORES_AT_A_TIME[logits.device.type] // self.graph.num_states // 16)
-        parts = zip(*(tensor.split(few) for tensor in (logits, *inputs)))
-        return torch.cat([again(entropy, *part) for part in parts])
+    def row_loss(self, logits, sigma, x, x0):
+        """Logits (R, S), sigma, x and x0 (R,) -> graph.score_entropy of the log score, (R,)."""
+        return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
 
     def log_score(self, logits, sigma, x):
         """Logits (..., S), sigma and x (...) -> log score (..., S), float32, 0 at y = x.
@@ -572,29 +597,85 @@ class SEDD(Transformer):
         h, L = self.trunk(x, sigma).flatten(0, 1), x.shape[1]
         return lambda rows: self.log_score(self.output_layer.linear(h[rows]), sigma[rows // L], x.flatten()[rows])
 
-    def compile(self):
-        """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
-        super().compile()
-        # Else two sizes that are equal at the first call would be taken to be equal for ever.
-        torch.fx.experimental._config.use_duck_shape = False
-        # Tiles of two dimensions, rows and states, spare Triton a division for every score.
-        options = {"triton.prefer_nd_tiling": True}
-        self.block_entropy = torch.compile(self.block_entropy, dynamic=True, options=options)
-
     def loss(self, x0, t=None, x=None, network=None):
         return diffusion_loss(network or self, self.graph, self.noise, x0, t, x)  # network: DDP's wrapper around self
 
     def nll(self, x0, num_times=128):
         return nll_bound(self, self.graph, self.noise, x0, num_times)
 
-    def generate(self, prompt, steps, sampler="tweedie", callback=None, **kw):
-        return sample(self, self.graph, self.noise, prompt.shape, steps, sampler, prompt, prompt.device, callback, **kw)
+    def generate(self, prompt, steps, sampler="tweedie", callback=None, top_p=1.0, eta=0.0):
+        return sample(self, self.graph, self.noise, prompt, steps, sampler, callback, top_p, eta)
 
-
-MODELS = {"score": SEDD}
 
 # ------------------------------------------------------------------------------------------------------
-# 6. Baselines on the same transformer: means instead of scores, and GPT. Nothing above needs this section.
+# 6. Published weights: a folder, or a repository of the Hugging Face hub, with the authors' config.json and
+# model.safetensors or pytorch_model.bin. The tensors above bear their names.
+
+SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hidden_size": "n_embd",
+         "cond_dim": "cond_dim", "dropout": "dropout"}  # fmt: skip  # their names: ours
+
+
+def load_weights(path):
+    """What torch.save wrote to `path`, plain data only. Raises at damage, for torch.load looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def from_pretrained(path_or_hub_id):
+    """The SEDD model (float32, CPU, evaluation mode) in a local folder or a hub repository. Nothing in it can run."""
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape, graph, noise = published["model"], published["graph"]["type"], published["noise"]
+    if shape["scale_by_sigma"] is not (graph == "absorb"):
+        raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']!r} under the {graph} graph")
+    if noise["type"] == "geometric" and (noise["sigma_min"], noise["sigma_max"]) != (1e-4, 20):
+        raise ValueError("geometric noise, but not from 1e-4 to 20")
+    shape = {ours: shape[theirs] for theirs, ours in SHAPE.items()}
+    model = SEDD(SEDDConfig(published["tokens"], graph=graph, noise=noise["type"], **shape))
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        file = folder / "pytorch_model.bin"
+    if file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
+        raise ValueError(f"{file} only says where the weights are: git lfs pull fetches them")
+    if file.suffix == ".bin":
+        model.load_state_dict(load_weights(file))
+    else:
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def save_pretrained(model, folder):
+    """Write the model for from_pretrained and the authors' code. ValueError at a baseline, which has no place there."""
+    from safetensors.torch import save_file
+
+    config, folder = model.config, Path(folder)
+    if config.parameterization != "score":
+        raise ValueError(f"the published format has no place for parameterization={config.parameterization!r}")
+    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
+    published = {
+        "tokens": config.vocab_size,
+        "graph": {"type": config.graph, "file": "data", "report_all": False},
+        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(published, indent=2), encoding="utf-8")
+
+
+SEDD.from_pretrained = staticmethod(from_pretrained)
+Transformer.save_pretrained = save_pretrained
+
+# ------------------------------------------------------------------------------------------------------
+# 7. Baselines on the same transformer: means instead of scores, and GPT, for which a Transformer can be `causal`.
 
 
 class D3PM(SEDD):
@@ -605,6 +686,13 @@ class D3PM(SEDD):
     r + r (log r - 1) - r log(r mu_x0) = -r log mu_x0. In the loss its weight is dsigma r, under log-linear noise 1 / t:
     the weighted cross-entropy known as MDLM.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not hasattr(self.graph, "pi"):
+            raise ValueError(f"graph={config.graph!r} has no pi, of which parameterization='mean' makes its scores")
+        if self.graph.mask_id is None and self.noise(torch.ones(()))[0] > 9:  # scores say e^-sigma, float32 rounds it
+            raise ValueError(f"graph={config.graph!r} with parameterization='mean' needs --noise=loglinear")
 
     def log_score(self, logits, sigma, x):
         """Logits of mu (..., S), sigma and x (...) -> log score (..., S), 0 at y = x.
@@ -624,133 +712,38 @@ class D3PM(SEDD):
 class GPT(Transformer):
     """The yardstick: the same blocks, causal, at sigma = 0 always; it predicts each token from those before it.
 
-    Before the first token stands MASK, and so the graph has to be the absorbing one.
+    Before the first token stands MASK, and so the graph has to have one.
     """
 
     causal = True  # so that its nll is exact, and no bound
 
-    def logits(self, x):
-        """x (B, L), its first token MASK -> logits of the next tokens (B, L, V)."""
-        h = self.trunk(x, torch.zeros(len(x), device=x.device))
-        return self.output_layer.linear(h)[..., : self.config.vocab_size].float()
-
     def forward(self, x0):
         """x0 (B, L) -> -log p(x0_i | x0_1 ... x0_i-1), (B, L), in nats, exactly."""
         before = F.pad(x0[:, :-1], (1, 0), value=self.graph.mask_id)
-        return F.cross_entropy(self.logits(before).flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
+        h = self.trunk(before, torch.zeros(len(x0), device=x0.device))
+        return self.loss_of_rows(torch.arange(x0.numel(), device=x0.device), h, x0)
+
+    def row_loss(self, logits, x0):
+        return F.cross_entropy(logits[:, : self.config.vocab_size].float(), x0, reduction="none")
 
     def loss(self, x0, t=None, x=None, network=None):
         """-log p(x0), x0 (B, L) -> (B,) in nats per sequence. There is no noise, and no use for t and x."""
         return (network or self)(x0).sum(-1)
 
-    @torch.no_grad()
-    def nll(self, x0, num_times=None):
-        return self.loss(x0)
+    nll = torch.no_grad()(loss)
 
     @torch.no_grad()
     def generate(self, prompt, steps=None, sampler=None, callback=None, top_p=1.0, eta=None):
         """prompt (B, L), tokens and then -1 -> (B, L), one token at each call; what came before is computed again."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
         for i in range(int((prompt >= 0).all(0).cumprod(0).sum()), prompt.shape[1]):
-            drawn = sample_categorical(self.logits(x[:, : i + 1])[:, -1].softmax(-1), top_p)
+            h = self.trunk(x[:, : i + 1], torch.zeros(len(x), device=x.device))[:, -1]
+            logits = self.output_layer.linear(h)[:, : self.config.vocab_size]
+            drawn = sample_categorical(logits.float().softmax(-1), top_p)
             x[:, i + 1] = torch.where(prompt[:, i] < 0, drawn, prompt[:, i])
             if callback:
                 callback(i + 1, x[:, 1:])
         return x[:, 1:]
 
 
-MODELS |= {"mean": D3PM, "causal": GPT}
-
-# ------------------------------------------------------------------------------------------------------
-# 7. Published weights: a folder, or a repository of the Hugging Face hub, with the authors' config.json and
-# model.safetensors or pytorch_model.bin. The tensors above bear their names.
-
-CONFIG, SAFE, BIN = "config.json", "model.safetensors", "pytorch_model.bin"
-SHAPE = {"length": "block_size", "n_blocks": "n_layer", "n_heads": "n_head", "hidden_size": "n_embd",
-         "cond_dim": "cond_dim", "dropout": "dropout"}  # fmt: skip  # their names: ours
-
-
-def load_weights(path):
-    """What torch.save wrote to `path`, plain data only. Raises at damage, for torch.load looks at no checksum."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def from_pretrained(path_or_hub_id):
-    """The SEDD model (float32, CPU, evaluation mode) in a local folder or a hub repository of that format.
-
-    ValueError, of one line, where there is none; ImportError, with the command to run, where a package is missing.
-    Nothing in a downloaded file can run. Its numbers must be finite; only a .bin has checksums for them.
-    """
-    name = str(path_or_hub_id)
-    try:
-        folder = Path(name)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG, SAFE, BIN]))
-        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        shape, noise = published["model"], published["noise"]
-        config = SEDDConfig(published["tokens"], graph=published["graph"]["type"], noise=noise["type"],
-                            **{ours: shape[theirs] for theirs, ours in SHAPE.items()})  # fmt: skip
-        if shape["scale_by_sigma"] is not (config.graph == "absorb"):
-            raise ValueError(f"scale_by_sigma={shape['scale_by_sigma']!r} under the {config.graph} graph")
-        if config.noise == "geometric" and (noise["sigma_min"], noise["sigma_max"]) != (1e-4, 20):
-            raise ValueError("geometric noise, but not from 1e-4 to 20")
-        if (folder / SAFE).is_file():
-            from safetensors.torch import load_file
-
-            weights = load_file(folder / SAFE)
-        else:
-            weights = load_weights(folder / BIN)
-        for key, tensor in weights.items():
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(f"{key} does not hold finite real numbers")
-        if config.n_layer > len(weights):
-            raise ValueError(f"n_blocks={config.n_layer} but there are {len(weights)} tensors")
-        with torch.device("meta"):  # without memory, of which a wrong config can ask for any amount
-            model = SEDD(config)
-        model.load_state_dict(weights, assign=True)
-        return model.float().eval()
-    except ImportError as error:
-        raise ImportError(f"{name!r} needs more packages: pip install -e '.[hub]'") from error
-    except Exception as error:  # every layer, from the hub to the tensors, raises its own kind; `from` keeps it
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{name!r} is no folder or hub repository with a SEDD model: {why}") from error
-
-
-def save_pretrained(model, folder):
-    """Write the model for from_pretrained and the authors' code: as safetensors if that is installed, else as .bin.
-
-    ValueError at a baseline, for which the format has no place. Other files in the folder stay. While the finished
-    files move in there is no config.json, so that nobody can read half a model.
-    """
-    config, folder = model.config, Path(folder)
-    if config.parameterization != "score":
-        raise ValueError(f"the published format has no place for parameterization={config.parameterization!r}")
-    shape = {theirs: getattr(config, ours) for theirs, ours in SHAPE.items()}
-    published = {
-        "tokens": config.vocab_size,
-        "graph": {"type": config.graph, "file": "data", "report_all": False},
-        "noise": {"type": config.noise, "sigma_min": 1e-4, "sigma_max": 20},
-        "model": {"name": "sedd", "type": "ddit", "scale_by_sigma": config.graph == "absorb", **shape},
-    }
-    try:
-        from safetensors.torch import save_file as save
-
-        file, other = SAFE, BIN
-    except ImportError:
-        save, file, other = torch.save, BIN, SAFE
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, Path(scratch, file))
-        Path(scratch, CONFIG).write_text(json.dumps(published, indent=2), encoding="utf-8")
-        (folder / CONFIG).unlink(missing_ok=True)
-        os.replace(Path(scratch, file), folder / file)
-        (folder / other).unlink(missing_ok=True)
-        os.replace(Path(scratch, CONFIG), folder / CONFIG)
-
-
-SEDD.from_pretrained, Transformer.save_pretrained = staticmethod(from_pretrained), save_pretrained
+MODELS = {"score": SEDD, "mean": D3PM, "causal": GPT}

@@ -113,7 +113,7 @@ class Bench:
 
     def sample(self, sampler, steps):
         with autocast(self.device, self.dtype):
-            sample(self.model, self.model.graph, self.model.noise, self.x.shape, steps, sampler, device=self.device)
+            sample(self.model, self.model.graph, self.model.noise, torch.full_like(self.x, -1), steps, sampler)
 
     def work(self):
         """Floating point operations that a training step cannot do without."""

@@ -376,7 +376,7 @@ def draw(a):
     for name, axis in zip(("absorb", "uniform"), axes):
         states, model = [], load(name, SEEDS[0])
         torch.manual_seed(3)
-        sedd.sample(model, model.graph, model.noise, (1, length), 8 * (rows - 1),
+        sedd.sample(model, model.graph, model.noise, torch.full((1, length), -1), 8 * (rows - 1),
                     callback=lambda i, x: states.append(x[0]))  # fmt: skip
         for row, x in enumerate(states[::8]):
             for column, token in enumerate(x.tolist()):

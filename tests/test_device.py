@@ -142,7 +142,7 @@ def test_a_training_step_waits_once_and_once_a_micro_batch(options, count, home,
 @pytest.mark.parametrize("graph", ["absorb", "uniform"])
 def test_a_sampling_step_waits_once_and_once_a_block(graph, name, sampler, size, monkeypatch):
     """For the places that can change, and in each block of them for those that do: twice, where there is one block."""
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2 * size * 64)
+    monkeypatch.setattr(sedd, "rows_at_a_time", lambda x, graph: 2 * size)
     model, waiting, steps, blocks = random_model(graph, name).eval(), Waiting(), [], []
 
     def callback(step, x):
@@ -174,7 +174,7 @@ def test_no_number_of_rows_compiles_anew(first, size, parallel, tmp_path, monkey
     """
     if not train.can_compile(torch.device("cpu")):
         pytest.skip("torch.compile does not work here")
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", size * 64)
+    monkeypatch.setattr(sedd, "rows_at_a_time", lambda x, graph: size)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     network = model = random_model()

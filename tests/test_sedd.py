@@ -98,18 +98,18 @@ def test_reverse_rate_is_the_rate_matrix_times_the_score(graph):
 
 @all_graphs
 def test_tweedie_probs_are_matrix_exponentials(graph):
-    """exp(-dsigma Q) score, times row x of exp(dsigma Q), normalised, wherever that is a distribution."""
+    """exp(-delta Q) score, times row x of exp(delta Q), normalised, wherever that is a distribution."""
     _, _, x, log_score = random_case(graph, B=40)
-    score, dsigma = log_score.exp(), torch.linspace(0.001, 0.3, 40, dtype=torch.float64)
+    score, delta = log_score.exp(), torch.linspace(0.001, 0.3, 40, dtype=torch.float64)
     if graph.mask_id is not None:  # from a visible token a score of the true chain is never asked for
         score = score * 0.1
         score = score.scatter(-1, x[..., None], 1.0)
-    before = torch.einsum("bij,blj->bli", dense_transition(graph, -dsigma), score)
-    arrive = dense_transition(graph, dsigma)[torch.arange(40)[:, None], x]
+    before = torch.einsum("bij,blj->bli", dense_transition(graph, -delta), score)
+    arrive = dense_transition(graph, delta)[torch.arange(40)[:, None], x]
     expected = before * arrive
     proper = (expected >= 0).all(-1)
     assert proper.float().mean() > 0.3
-    probs = graph.tweedie_probs(score, dsigma[:, None], x)
+    probs = graph.tweedie_probs(score, delta[:, None], x)
     torch.testing.assert_close(probs[proper], (expected / expected.sum(-1, keepdim=True))[proper])
     assert (probs >= 0).all()
     torch.testing.assert_close(probs.sum(-1), torch.ones(x.shape, dtype=torch.float64))
@@ -318,6 +318,16 @@ def both_paths(model, x0, sigma, x, dtype=torch.float32):
     return results
 
 
+def allow(monkeypatch, scores):
+    """That many scores at a time: rows x states."""
+    monkeypatch.setattr(sedd, "rows_at_a_time", lambda x, graph: max(1, scores // graph.num_states))
+
+
+def blank(*shape):
+    """A prompt of which all is to be written."""
+    return torch.full(shape, -1)
+
+
 def close(a, b, tolerance):
     """|a - b| within `tolerance`, relative to the largest entry of b."""
     return (a - b).abs().max() <= tolerance * b.abs().max() + 1e-12
@@ -347,9 +357,9 @@ def assert_paths_agree(model, x0, sigma, x, dtype):
 @both_names
 @both_kinds
 @pytest.mark.parametrize("masks", ["some", "none", "all"])
-@pytest.mark.parametrize("scores", [2**24, 7 * 200, 400, 1])  # one block; blocks that do not divide; the smallest
+@pytest.mark.parametrize("scores", [2**24, 16 * 7 * 200, 16 * 400, 1])  # one block; some that do not divide; many
 def test_training_path_equals_the_plain_path(name, kind, masks, scores, monkeypatch):
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", scores)
+    allow(monkeypatch, scores)
     model = random_model(name, kind=kind)
     g = torch.Generator().manual_seed(2)
     x0, sigma = torch.randint(11, (4, 16), generator=g), torch.tensor([0.1, 0.5, 1.0, 3.0])
@@ -364,8 +374,8 @@ def test_training_path_equals_the_plain_path_in_bfloat16(name, kind, masks, monk
     g = torch.Generator().manual_seed(2)
     x0, sigma = torch.randint(11, (8, 16), generator=g), torch.linspace(0.1, 3, 8)
     x = states(masks, model, x0, sigma, g)
-    for scores in sedd.SCORES_AT_A_TIME["cpu"], 7 * 200:
-        monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", scores)
+    for scores in 2**25, 16 * 7 * 200, 1:
+        allow(monkeypatch, scores)
         assert_paths_agree(model, x0, sigma, x, torch.bfloat16)
 
 
@@ -377,7 +387,7 @@ def test_compiled_training_path_equals_the_plain_path(name, kind, dtype, monkeyp
     """Each two of graph, model and dtype meet in one of the four. The blocks below the head would take longest to compile,
     and are left out. Too many recompilations are an error: what goes on uncompiled would only be compared with itself.
     """
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 200)
+    allow(monkeypatch, 200)
     torch._dynamo.reset()
     model = random_model(name, kind=kind)
     model.blocks = model.blocks[:0]
@@ -411,7 +421,7 @@ class Launches(TorchDispatchMode):
 def print_launches():
     """What the next test looks at, for a process that has compiled nothing before."""
     fraction = 64
-    sedd.SCORES_AT_A_TIME["cpu"] = sedd.SCORES_AT_A_TIME["cuda"] // fraction
+    sedd.rows_at_a_time = lambda x, graph: 2**29 // fraction // graph.num_states
     model = SEDD(SEDDConfig(50_257, 1024, 1, 1, 8, 8, dropout=0.0))
     model.blocks = model.blocks[:0]
     model.compile()
@@ -459,15 +469,15 @@ def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch
                 self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return out
 
-    monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", 2**21)
+    allow(monkeypatch, scores := 2**21)
     S = 20_000
     model = random_model(name, vocab_size=S)
     x0, sigma = torch.randint(S, (16, 64)), torch.full((16,), 1.0)
     x = model.graph.sample_transition(x0, sigma[:, None])
     with Largest() as seen:
         peak = peak_memory(lambda: model(x, sigma, x0).sum().backward(), torch.device("cpu"))
-    assert seen.size <= sedd.SCORES_AT_A_TIME["cpu"] < x0.numel() * S / 4
-    assert peak <= 6 * 4 * sedd.SCORES_AT_A_TIME["cpu"]  # of 4 bytes each
+    assert seen.size <= scores < x0.numel() * S / 4
+    assert peak <= 6 * 4 * scores  # of 4 bytes each
 
 
 @both_names
@@ -475,7 +485,7 @@ def test_the_bound_is_the_same_for_any_number_of_sequences_at_a_time(name, monke
     """Its last term takes all of them, three, or one of which alone is too large."""
     model, x0, bounds = random_model(name), torch.randint(11, (8, 16)), []
     for scores in 2**25, 3 * 16 * 12, 1:
-        monkeypatch.setitem(sedd.SCORES_AT_A_TIME, "cpu", scores)
+        allow(monkeypatch, scores)
         torch.manual_seed(0)
         bounds.append(sedd.nll_bound(model, model.graph, GeometricNoise(), x0, num_times=2))
     for bound in bounds[1:]:
@@ -556,7 +566,7 @@ def test_samples_are_clean_and_keep_the_prompt(name, sampler, how, steps):
     prompt = torch.full((32, 16), -1)
     prompt[:, [0, 3, 15]] = torch.randint(11, (32, 3))
     seen = []
-    x = sample(model, model.graph, model.noise, prompt.shape, steps, sampler, prompt,
+    x = sample(model, model.graph, model.noise, prompt, steps, sampler,
                callback=lambda step, x: seen.append((step, x.clone())), **how)  # fmt: skip
     assert x.shape == prompt.shape and x.min() >= 0 and x.max() < 11
     assert [step for step, _ in seen] == list(range((13 if sampler == "exact" else steps) + 1))
@@ -569,7 +579,7 @@ def test_scores_that_promise_too_little_still_leave_no_mask(sampler):
     """Scores e^-3 times too small: by them MASK would stay MASK, but the last step has no MASK to give."""
     model = random_model("absorb").eval()
     timid = lambda x, sigma: model(x, sigma) - 3 * (torch.arange(12) != x[..., None])
-    assert sample(timid, model.graph, model.noise, (64, 16), 4, sampler).max() < 11
+    assert sample(timid, model.graph, model.noise, blank(64, 16), 4, sampler).max() < 11
 
 
 @both_names
@@ -578,16 +588,16 @@ def test_a_model_with_just_the_two_call_forms_samples_the_same(name):
     draws = []
     for callable_model in (model, lambda x, sigma: model(x, sigma)):
         torch.manual_seed(3)
-        draws.append(sample(callable_model, model.graph, model.noise, (4, 16), 5))
+        draws.append(sample(callable_model, model.graph, model.noise, blank(4, 16), 5))
     assert draws[0].equal(draws[1])
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((2, 9), 1)),
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="best"), dict(prompt=torch.full((9,), 1)),
                                    dict(prompt=torch.full((2, 16), 11)), dict(eta=0.1, sampler="exact")])  # fmt: skip
 def test_sample_refuses_what_it_cannot_do(wrong):
     model = random_model("absorb")
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        sample(model, model.graph, model.noise, (2, 16), **{"steps": 2, **wrong})
+        sample(model, model.graph, model.noise, **{"prompt": blank(2, 16), "steps": 2, **wrong})
 
 
 @both_names
@@ -607,7 +617,7 @@ def test_a_tiny_model_memorises_a_sentence_and_both_samplers_write_it(name):
         model.zero_grad()
     model.eval()
     for sampler in ("euler", "tweedie"):
-        written = sample(model, model.graph, model.noise, (128, n), 64, sampler)
+        written = sample(model, model.graph, model.noise, blank(128, n), 64, sampler)
         texts = ["".join(chars[i] for i in row) for row in written.tolist()]
         assert sum(text in 2 * sentence for text in texts) >= 96, texts
 
@@ -628,11 +638,11 @@ def test_jumps_are_draws_from_the_plain_posterior(stays):
         def sample_prior(self, *shape, device=None, generator=None):
             return torch.full(shape, 2)
 
-        def tweedie_probs(self, score, dsigma, x):
+        def tweedie_probs(self, score, delta, x):
             return 3.7 * probs.float().repeat(len(x), 1)
 
     torch.manual_seed(2)
-    drawn = sample(lambda x, sigma: torch.zeros(*x.shape, 7), Given(7), LogLinearNoise(), (n, 1), 1)[:, 0]
+    drawn = sample(lambda x, sigma: torch.zeros(*x.shape, 7), Given(7), LogLinearNoise(), blank(n, 1), 1)[:, 0]
     expected, counts = n * probs, torch.bincount(drawn, minlength=7)
     cells = expected > 0
     assert counts[~cells].sum() == 0
@@ -660,10 +670,10 @@ def test_chances_of_1e_9_are_drawn():
         def sample_prior(self, *shape, device=None, generator=None):
             return torch.zeros(shape, dtype=torch.long)
 
-        def tweedie_probs(self, score, dsigma, x):
+        def tweedie_probs(self, score, delta, x):
             stay = u + torch.where(above, 5e-10, -5e-10)
             return torch.stack([stay, 1 - stay], -1)
 
     torch.manual_seed(4)
-    drawn = sample(lambda x, sigma: torch.zeros(*x.shape, 2), Given(2), LogLinearNoise(), (n, 1), 1)[:, 0]
+    drawn = sample(lambda x, sigma: torch.zeros(*x.shape, 2), Given(2), LogLinearNoise(), blank(n, 1), 1)[:, 0]
     assert drawn.equal((~above).long())

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from scipy.stats import chi2, kstest, poisson
 
 from sedd import (
-    SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, denoise_probs, diffusion_loss,
-    euler_probs, low_discrepancy_times, nll_bound, sample, sample_categorical,
+    SEDD, Absorbing, GeometricNoise, LogLinearNoise, SEDDConfig, Uniform, diffusion_loss, euler_probs,
+    low_discrepancy_times, nll_bound, sample, sample_categorical,
 )  # fmt: skip
 
 V = 3
@@ -326,8 +326,8 @@ def test_tweedie_is_the_exact_posterior_of_one_token(graph):
     """Section 4.2 (discrete Tweedie): with L = 1 the step is Bayes' rule, p(x_s | x_t) for any s < t."""
     p0, S = PAIR.sum(1), graph.num_states
     oracle, x = Oracle(graph, p0), torch.arange(graph.num_states)[:, None]
-    for sigma, dsigma in (2.0, 0.3), (1.0, 0.99), (0.5, 0.5):
-        early, step = torch.tensor([sigma - dsigma]).double(), torch.tensor([dsigma]).double()
+    for sigma, delta in (2.0, 0.3), (1.0, 0.99), (0.5, 0.5):
+        early, step = torch.tensor([sigma - delta]).double(), torch.tensor([delta]).double()
         joint = oracle.transition(step)[0] * oracle.marginal(early)[0]  # (x_t, x_s)
         probs = graph.tweedie_probs(oracle(x, (early + step).expand(S)).exp(), step, x)[:, 0]
         torch.testing.assert_close(probs, joint / joint.sum(1, keepdim=True))
@@ -340,12 +340,13 @@ def total_variation(x, p0):
 
 
 N = 50_000
+BLANK = {L: torch.full((N, L), -1) for L in (1, 2, 3)}  # prompts of which all is to be written
 NOISE_OF_TV = 0.02  # exact draws from 27 cells exceed it with a chance below 1e-9: 2^27 exp(-2 N 0.02^2)
 
 
 def sampler_distance(graph, noise, sampler, steps):
     torch.manual_seed(0)
-    return total_variation(sample(Oracle(graph, PAIR), graph, noise, (N, 2), steps, sampler), PAIR)
+    return total_variation(sample(Oracle(graph, PAIR), graph, noise, BLANK[2], steps, sampler), PAIR)
 
 
 @all_graphs
@@ -433,7 +434,7 @@ def test_every_step_is_its_formula(graph, noise, sampler, eta, steps, off_by):
     oracle, counts, S = Oracle(graph, PAIR, off_by), [], graph.num_states
     model = lambda x, sigma: oracle(x, sigma).float()
     torch.manual_seed(0)
-    sample(model, graph, noise, (N, 2), steps, sampler, eta=eta,
+    sample(model, graph, noise, BLANK[2], steps, sampler, eta=eta,
            callback=lambda step, x: counts.append(torch.bincount(x @ oracle.strides, minlength=S**2)))  # fmt: skip
     assert len(counts) == steps + 1
     for count, p in zip(counts, exact_steps(graph, oracle, noise, sampler, steps, eta)):
@@ -449,7 +450,7 @@ def test_fresh_draws_keep_the_marginal_of_a_position(graph, noise, eta):
     """Of the states of one position, at each step: its marginal at that time. Pearson's chi-square, false alarm 1e-6."""
     oracle, steps, counts = Oracle(graph, PAIR.sum(1)), 6, []
     torch.manual_seed(0)
-    sample(oracle, graph, noise, (N, 1), steps, eta=eta,
+    sample(oracle, graph, noise, BLANK[1], steps, eta=eta,
            callback=lambda step, x: counts.append(torch.bincount(x[:, 0], minlength=graph.num_states)))  # fmt: skip
     sigmas, _ = noise(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
     for step in range(1, steps):  # at the start, pi is not yet the marginal, and at the end there is no noise
@@ -465,7 +466,7 @@ def test_the_exact_sampler_draws_from_the_data(noise):
     model, off = Oracle(Absorbing(V), ROW), {}
     for sampler in "exact", "tweedie":
         torch.manual_seed(0)
-        x = sample(model, model.graph, noise, (N, 3), 3, sampler)
+        x = sample(model, model.graph, noise, BLANK[3], 3, sampler)
         counts = torch.bincount((x * V ** torch.arange(2, -1, -1)).sum(-1), minlength=V**3)
         off[sampler] = ((counts - N * ROW.flatten()) ** 2 / (N * ROW.flatten())).sum()
     assert off["exact"] < chi2.isf(1e-6, V**3 - 1) < off["tweedie"] / 10
@@ -485,7 +486,7 @@ def test_the_exact_sampler_meets_each_token_at_its_time(noise):
         return oracle(x, sigma)
 
     torch.manual_seed(0)
-    sample(model, graph, noise, (N, 3), 1, "exact", callback=lambda step, x: states.append(x == graph.mask_id))
+    sample(model, graph, noise, BLANK[3], 1, "exact", callback=lambda step, x: states.append(x == graph.mask_id))
     assert [state.sum() for state in states] == [3 * N, 2 * N, N, 0] and len(calls) == 3
     m = -torch.expm1(-noise(torch.ones(N).double())[0])
     for n, now in zip((3, 2, 1), calls):
@@ -507,7 +508,7 @@ def test_the_exact_sampler_ends_where_the_noise_does():
         return oracle(x, sigma)
 
     torch.manual_seed(0)
-    x = sample(model, graph, noise, (2000, 6), 1, "exact")
+    x = sample(model, graph, noise, torch.full((2000, 6), -1), 1, "exact")
     left = torch.cat(calls)
     left = torch.bincount(left[left > 0], minlength=7)
     share = 1 - math.exp(-0.7)  # of tokens that noise has hit by then; a sequence with none left has no last call
@@ -530,8 +531,8 @@ def test_steps_have_no_negative_probability(graph):
     for off_by, sigma in itertools.product((-3.0, 0.0, 3.0), (0.1, 1.0, 5.0)):
         sigma = torch.tensor([sigma], dtype=torch.float64)
         score = Oracle(graph, PAIR, off_by)(x, sigma.expand(len(x))).exp()
-        for step_probs in euler_probs, denoise_probs, type(graph).tweedie_probs:
-            probs = step_probs(graph, score, sigma, x)
+        for probs in (euler_probs(graph, score, sigma, x), graph.denoise_probs(score, sigma, x),
+                      graph.tweedie_probs(score, sigma, x)):  # fmt: skip
             assert (probs >= 0).all() and (probs.sum(-1) > 0.99).all()
 
 
@@ -541,7 +542,7 @@ def infilling_distance(graph, kept, seed=0, sampler="tweedie"):
     for i, token in kept.items():
         prompt[:, i] = token
     torch.manual_seed(seed)
-    x = sample(Oracle(graph, ROW), graph, LogLinearNoise(), (N, 3), 64, sampler, prompt)
+    x = sample(Oracle(graph, ROW), graph, LogLinearNoise(), prompt, 64, sampler)
     assert all((x[:, i] == token).all() for i, token in kept.items())
     conditional = torch.zeros_like(ROW)
     place = tuple(kept.get(i, slice(None)) for i in range(3))
@@ -597,7 +598,7 @@ def test_top_p_cuts_the_tail_of_the_exact_sampler():
     """One position: of tokens with chances 0.5, 0.3 and 0.2 the first two hold 0.6, and come as 5 to 3; 1e-6."""
     model = Oracle(Absorbing(V), PAIR.sum(1))
     torch.manual_seed(0)
-    counts = torch.bincount(sample(model, model.graph, LogLinearNoise(), (N, 1), 1, "exact", top_p=0.6)[:, 0])
+    counts = torch.bincount(sample(model, model.graph, LogLinearNoise(), BLANK[1], 1, "exact", top_p=0.6)[:, 0])
     assert len(counts) == 2 and (counts[0] - N * 5 / 8) ** 2 / (N * 15 / 64) < chi2.isf(1e-6, 1)
 
 
@@ -622,7 +623,7 @@ def test_top_p_decides_where_a_token_goes_and_not_whether(graph):
     """One step from noise, N times: as many stay as ever (chi-square, false alarm 1e-6), and the least likely never come."""
     p0, states = PAIR.sum(1), []
     torch.manual_seed(0)
-    sample(Oracle(graph, p0), graph, LogLinearNoise(), (N, 1), 2, top_p=0.3,
+    sample(Oracle(graph, p0), graph, LogLinearNoise(), BLANK[1], 2, top_p=0.3,
            callback=lambda step, x: states.append(x[:, 0]))  # fmt: skip
     sigma, after = LogLinearNoise()(torch.tensor([1.0, 0.5]).double())[0]
     start = torch.arange(graph.num_states)[:, None]

@@ -53,9 +53,6 @@ class Walk(Graph):
         p = self.moves(sigma)
         return torch.xlogy(p, p * self.num_states).sum(-1).to(sigma.dtype).expand(x0.shape)
 
-    def ratio(self, sigma, x, x0):
-        return ()  # no pi makes them: score_entropy looks at all
-
     def score_entropy(self, log_score, sigma, x, x0):
         moves, rate = self.moves(sigma), self.pick(self.rates, -self.to_all(x))
         r = self.pick(moves, self.to_all(x0)) / self.pick(moves, (x - x0)[..., None])  # p(y | x0) / p(x | x0)
@@ -67,7 +64,7 @@ class Walk(Graph):
         rate = rate.scatter(-1, x[..., None], 0.0)
         return rate.scatter(-1, x[..., None], -rate.sum(-1, keepdim=True))
 
-    def tweedie_probs(self, score, dsigma, x):
-        before = torch.fft.ifft(torch.fft.fft(score.double()) * self.spectrum(-dsigma)).real.clamp(min=0)
-        probs = before * self.pick(self.moves(dsigma), -self.to_all(x))
+    def tweedie_probs(self, score, delta, x):
+        before = torch.fft.ifft(torch.fft.fft(score.double()) * self.spectrum(-delta)).real.clamp(min=0)
+        probs = before * self.pick(self.moves(delta), -self.to_all(x))
         return (probs / probs.sum(-1, keepdim=True)).to(score.dtype)
