@@ -40,7 +40,7 @@ class Options:
 WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Texts are encoded in pieces, for tiktoken fails at a million blanks, and is slow at endless words. A piece ends with
 # a word, so the tokens are the same; only what is longer than a piece is cut.
-PIECE = r"(?s).{1,10000}(?:\Z|(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}|]))|.{1,10000}"
+PIECE = r"(?s).{1,10000}(?:\Z|(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}|]))|.{1,10000}(?=<\|endoftext\|>)|.{1,10000}"
 
 
 def learn_bpe(text, vocab_size):
