@@ -362,8 +362,7 @@ def test_gpt2_tokens_from_text_to_text(tmp_path):
     assert text_of(tmp_path / "data/bpe") == text
 
     works(call("train.py", *TINY, "--dataset=bpe", "--max_steps=2", cwd=tmp_path))
-    args = "--steps=2", "--prefix=The while statement", "--suffix= ends here."
-    sampled = works(call("sample.py", *args, cwd=tmp_path))
+    sampled = works(call("sample.py", "--steps=2", "--prompt=The while statement{} ends here.", cwd=tmp_path))
     assert sampled.stdout.startswith("The while statement") and sampled.stdout.endswith(" ends here.\n")
 
 
@@ -371,7 +370,7 @@ def test_without_a_network_prepare_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "some.txt").write_text("some text " * 50)
     monkeypatch.setattr("tiktoken.get_encoding", mock.Mock(side_effect=ConnectionError("no route")))
     done = call("prepare.py", "some", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path)
-    complains(done, "prepare.py", "TIKTOKEN_CACHE_DIR")
+    complains(done, "prepare.py", "data/some", "no route")
     monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no route")))
     done = call("prepare.py", "shakespeare_char", cwd=tmp_path)
     complains(done, "prepare.py", "no route", "tinyshakespeare/input.txt")
@@ -663,15 +662,19 @@ BAD = {
     ],
     "prepare.py": [
         ("shakespear", "'shakespear'", "pydocs, shakespeare_char", "--input FILE"),
-        ("a b", "unexpected 'b'"),
+        ("a b", "unrecognized arguments: b", "--help"),
         ("x --input=empty.txt", "empty.txt", "is empty"),
         ("x --input=blank.txt", "blank.txt", "is empty"),
-        ("x --input=latin1.txt", "latin1.txt", "not UTF-8", "byte 3", "iconv"),
+        ("x --input=latin1.txt", "latin1.txt", "'utf-8'", "position 3"),
         ("x --input=ten.txt", "ten.txt", "10 characters", "20"),
         ("x --input=nowhere.txt", "nowhere.txt", "No such file"),
         ("x --input=data", "data", "Is a directory"),
-        ("x --input=short.txt --tokenizer=words", "tokenizer", "char, gpt2", "'words'"),
-        ("x --inputs=short.txt", "'inputs'", "'input'"),
+        ("x --input=short.txt --tokenizer=words", "tokenizer='words'", "bpe, char, gpt2", "folder"),
+        ("x --input=short.txt --tokenizer=other", "tokenizer='other'", "bpe, char, gpt2", "folder"),
+        ("x --input=short.txt --vocab_size=255", "vocab_size=255", "at least 256"),
+        ("x --input=short.txt --vocab_size=many", "vocab_size", "'many'"),
+        ("x --input=short.txt --vocab_size=-1", "vocab_size=-1"),
+        ("x --inputs=short.txt", "--inputs=short.txt", "--help"),
         ("../x --input=short.txt", "'../x'", "plain folder name"),
         (".. --input=short.txt", "'..'", "plain folder name"),
         ("x --input=short.txt --data_dir=tiny.py", "tiny.py/x", "cannot prepare"),
@@ -733,7 +736,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(desk, script, line, words):
     "script, line, words",
     [
         ("train.py", "--dropuot=0.1", ["'dropuot'", "'dropout'"]),
-        ("prepare.py", "x --input=latin1.txt", ["latin1.txt", "not UTF-8"]),
+        ("prepare.py", "x --input=latin1.txt", ["latin1.txt", "'utf-8'"]),
         ("sample.py", "--out_dir=cut", ["cut/ckpt.pt", "cut short"]),
     ],
 )
