@@ -32,7 +32,7 @@ import train
 from sedd import GPT, MODELS, SEDD, Absorbing, LogLinearNoise, SEDDConfig
 from sedd import sample as diffuse
 from test_published import Bomb
-from test_scripts import ROOT, call, complains, works
+from test_scripts import ASCII, ROOT, call, complains, run, works
 
 LINE = "\n\n" + "-" * 80 + "\n"  # between two texts
 VOCAB = sorted(set("\n\t abcdefghijklmnopqrstuvwxyz{}0123456789é日"))
@@ -533,10 +533,10 @@ def test_a_text_moves_no_cursor(text):
 class Terminal:
     """sample.py in a pseudo-terminal of 12 rows of 20 characters, and all that it wrote there."""
 
-    def __init__(self, home, *args):
+    def __init__(self, home, *args, **more):
         main, side = pty.openpty()
         ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 20, 0, 0))
-        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"OMP_NUM_THREADS": "1"}
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"OMP_NUM_THREADS": "1"} | more
         self.process = quick.Popen([sys.executable, str(ROOT / "sample.py"), "--watch", *args], cwd=home, env=env,
                                    stdin=side, stdout=side, stderr=side, start_new_session=True)  # fmt: skip
         os.close(side)
@@ -643,6 +643,21 @@ def test_a_text_breaks_no_terminal_and_a_pipe_gets_it_whole(tmp_path):
     assert write(tmp_path, *args).startswith("a\x1b2\x07")
     terminal = Terminal(tmp_path, "--watch=False", *args)
     assert terminal.end() == 0 and terminal.written.lstrip("\r").startswith("a\ufffd2\ufffd") and "\x1b" not in terminal.written
+
+
+def test_letters_that_a_locale_lacks(tmp_path):
+    """A file and a pipe get them, also where the locale has 128 letters; a terminal shows a "?" for each."""
+    vocab = [*"日月火水木金土"]
+    save(tmp_path / "wide", random_model(vocab_size=7), {"tokenizer": "char", "vocab": vocab, "vocab_size": 7})
+    args = "sample.py", "--init_from=wide", "--steps=1"
+    for locale in {}, ASCII:
+        text = works(run(*args, cwd=tmp_path, **locale)).stdout
+        assert len(text) == 33 and set(text[:-1]) <= set(vocab)
+    with open(tmp_path / "text.txt", "wb") as file:
+        subprocess.run([sys.executable, ROOT / args[0], *args[1:]], cwd=tmp_path, env=os.environ | ASCII, stdout=file)
+    assert (tmp_path / "text.txt").read_text(encoding="utf-8") == text
+    terminal = Terminal(tmp_path, "--watch=False", *args[1:], **ASCII)
+    assert terminal.end() == 0 and terminal.written.lstrip("\r").startswith(32 * "?" + "\r\n1 text")
 
 
 def test_watching_needs_a_terminal(home):
