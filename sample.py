@@ -15,6 +15,7 @@ from config import fail, parse, progress, run
 from prepare import Tokenizer
 from train import autocast, find_device, find_dtype, load_model
 
+CLEAR = "\033[H\033[2J"  # of a terminal
 UNSAFE = re.compile(r"(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # moves a terminal's cursor or changes its colours
 
 
@@ -114,15 +115,15 @@ def main():
     pieces = [slice(i, i + L) for i in starts if -1 in prompt[i + L // 2 * (i > 0) : i + L]]
     steps = prompt.count(-1) if model.causal or o.sampler == "exact" else o.steps * len(pieces)
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5)
-    texts = []
+    texts, watch = [], o.watch and sys.stdout.isatty()
 
     def show(step, part):
         bar.update(step > 0)
-        if o.watch and sys.stdout.isatty() and not texts:  # a dot for each token that is still to come
+        if watch and not texts:  # a dot for each token that is still to come
             tokens = x[0, : piece.start].tolist() + part[0].tolist()
             runs = itertools.groupby(tokens, lambda token: 0 <= token < tokenizer.vocab_size)
             text = "".join(tokenizer.decode([*run]) if known else "·" * len([*run]) for known, run in runs)
-            print("\033[H\033[2J" + UNSAFE.sub("\ufffd", text), flush=True)
+            print(CLEAR + UNSAFE.sub("\ufffd", text), flush=True)
             bar.refresh()
             time.sleep(6 / steps)  # a fast model waits for the eye
 
@@ -133,12 +134,13 @@ def main():
         for batch in batches:
             for piece in pieces:
                 batch[:, piece] = model.generate(batch[:, piece], o.steps, o.sampler, show, top_p=o.top_p, eta=o.eta)
-            bar.clear()
+            if sys.stderr.isatty():
+                bar.clear()
             if batch.max() >= tokenizer.vocab_size:  # MASK
                 fail(f"the model in {start!r} has diverged: train with a lower --learning_rate")
             for tokens in batch.tolist():
                 text = tokenizer.decode(tokens)
-                print("\n" + "-" * 80 + "\n" if texts else "", end="")
+                print("\n" + "-" * 80 + "\n" if texts else CLEAR * watch, end="")
                 print(UNSAFE.sub("\ufffd", text) if sys.stdout.isatty() else text, flush=True)
                 texts.append(text)
     print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: "
