@@ -464,8 +464,8 @@ def main():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     o, trained, checkpoint, resume = begin(given, device)
-    for name in "max_steps", "block_size", "n_head", "eval_times", "eval_interval", "save_interval", "log_interval":
-        if getattr(o, name) == 0:
+    for name, value in asdict(o).items():
+        if type(value) is int and value == 0 and name not in ("micro_batch_size", "warmup_steps", "eval_sequences", "seed"):
             fail(f"{name}=0 must be at least 1")
     if o.batch_size < WORLD:
         fail(f"batch_size={o.batch_size} leaves nothing to some of {WORLD} processes: try --batch_size={WORLD}")
