@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -387,6 +388,44 @@ def test_every_earlier_checkpoint_is_kept(home):
         assert torch.load(home / "thrice" / f"ckpt{name}.pt")["step"] == steps
     lines = [json.loads(line) for line in (home / "thrice/log.jsonl").read_text().splitlines() if line]
     assert [line["options"]["max_steps"] for line in lines if "options" in line] == [1, 2, 3]
+
+
+def test_a_kill_in_a_long_evaluation_costs_no_steps(home):
+    args = [*TINY, "--max_steps=5", "--eval_times=10000000", "--save_interval=99", "--out_dir=evaluated"]
+    process = launch(home, *args)
+    wait_for((home / "evaluated/ckpt.pt").is_file, process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert checkpoint(home / "evaluated")["step"] == 5
+
+
+@pytest.mark.parametrize("start", ["--init_from=resume", "--init_from=out"])
+def test_training_holds_no_copy_of_its_start(home, monkeypatch, start):
+    """Neither the model that was loaded nor the checkpoint, which are gigabytes."""
+    load, held, alive = train.load_model, [], []
+
+    def load_model(path):
+        model, saved = load(path)
+        held.extend(weakref.ref(tensor) for tensor in (*model.parameters(), *saved["model"].values()))
+        return model, saved
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(train, "load_model", load_model)
+    monkeypatch.setattr(train, "train", lambda *args: alive.extend(ref for ref in held if ref() is not None) or 0)
+    out = "out" if start == "--init_from=resume" else "held"
+    monkeypatch.setattr(sys, "argv", ["train.py", start, f"--out_dir={out}", "--max_steps=30", "--device=cpu"])
+    with contextlib.suppress(SystemExit):
+        train.main()
+    assert held and not alive
+
+
+def test_a_missing_compiler_is_told_before_anything_is_moved(home, monkeypatch):
+    before = files(home / "out")
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no g++" + "\nand 200 lines more" * 200)))
+    args = [word for word in TINY if "compile" not in word]
+    complains(call("train.py", *args, "--compile=True", cwd=home), "train.py", "compile=True", "compiler")
+    works(call("train.py", *args, "--max_steps=1", "--eval_interval=9", "--out_dir=uncompiled", cwd=home))
+    assert files(home / "out") == before
 
 
 def test_the_average_remembers_no_graph(home, monkeypatch):
