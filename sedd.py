@@ -380,7 +380,7 @@ def first_hitting(scores_at, graph, noise, x, top_p):
         wait = torch.empty_like(log_m).exponential_() / masked.sum(-1, keepdim=True).clamp(min=1)  # -log u / n
         log_m = (log_m - wait).clamp(min=end)
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
-        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (log_m == log_m.new_tensor(end)))
+        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (log_m == end))
         sigma = torch.log1p(1 / torch.expm1(-log_m[:, 0]))  # -log(1 - m), with all digits
         log_score = scores_at(x, sigma)(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
