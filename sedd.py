@@ -12,16 +12,14 @@ the noise and integrated over time, it bounds -log p(x0) from above, up to a ter
 pure noise and run the chain backwards with the learned score.
 
 Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box: model(x, sigma) is
-its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that log score. (Of a
-network with `scores_at` the samplers ask only for some rows of the log score.) Then come the transformer (5), published
-weights (6), and two baselines, D3PM and GPT (7).
+its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that log score. Then come
+the transformer (5), published weights (6), and two baselines, D3PM and GPT (7).
 
 Notation, everywhere below: B sequences of L tokens, each in one of S states. x0 (B, L) is data and x (B, L) the noised
 x_t, both int64. sigma is the total noise up to time t, dsigma its rate d sigma / dt: the paper's sigma-bar and sigma.
-delta is the noise that a step takes off. Models take sigma (B,); graphs take what broadcasts with x, sigma[:, None].
-(Where B = L a graph would take sigma (B,) for (L,), in silence.) x_T is x at t = 1, and p_base the start that the bound
-assumes. s is a score, and r the ratio that it learns from. Losses and bounds are in nats, and rates of jumps are per
-unit of sigma.
+delta is the noise that a step takes off. A model takes sigma (B,), a graph what broadcasts with x: sigma[:, None].
+(Where B = L, sigma (B,) would pass there, and be wrong.) x_T is x at t = 1, p_base the start that the bound assumes. s
+is a score, and r the ratio that it learns from. Losses and bounds are in nats, rates of jumps per unit of sigma.
 """
 
 import json
@@ -261,8 +259,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1) a token.) The integral
     takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare
     hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0, and the KL
-    at most eps log V nats per token, 0.01 for GPT-2's vocabulary. Under geometric noise the KL is next to nothing, and
-    the last term comes from one draw of x.
+    at most eps log V nats per token. Under geometric noise the KL is next to nothing; the last term is one draw of x.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -271,8 +268,9 @@ def nll_bound(model, graph, noise, x0, num_times=128):
         bound += 2 * u / num_times * diffusion_loss(model, graph, noise, x0, u**2)  # dt = 2 u du
     sigma, _ = noise(torch.zeros_like(shift))
     if sigma[0] > 0:
-        x, size = graph.sample_transition(x0, sigma[:, None]), max(1, rows_at_a_time(x0, graph) // x0.shape[1])
-        for x, sigma, x0, part in zip(x.split(size), sigma.split(size), x0.split(size), bound.split(size)):
+        x = graph.sample_transition(x0, sigma[:, None])
+        size = max(1, rows_at_a_time(x, graph) // x.shape[1])  # sequences, of which this term needs all scores
+        for part, x, sigma, x0 in zip(*(tensor.split(size) for tensor in (bound, x, sigma, x0))):
             probs = graph.denoise_probs(model(x, sigma).exp(), sigma[:, None], x)
             part -= probs.gather(-1, x0[..., None]).log().sum((1, 2))
     return bound
@@ -292,9 +290,9 @@ def euler_probs(graph, score, delta, x):
 
 
 def step_probs(sampler, graph, score, x, sigma, after, leap):
-    """Where tokens x (R,) go, by their scores (R, S), in a step from noise sigma to noise `after`: chances (R, S).
+    """The chances (R, S) of where tokens x (R,), with scores (R, S), go in a step from noise sigma to noise `after`.
 
-    The noise that Euler takes off is leap = dt dsigma(t). All three are numbers.
+    leap is dt dsigma(t), which Euler takes off. These three are numbers.
     """
     if after == 0:
         return graph.denoise_probs(score, torch.full_like(score[:, 0], sigma), x)
@@ -327,7 +325,7 @@ def sample_categorical(probs, top_p=1.0):
 
 
 def jump(x, probs, top_p):
-    """x (R,) after a draw from probs (R, S): first whether a token jumps and then, for the few that do, where to.
+    """x (R,) after a draw from probs (R, S): whether a token jumps and then, for the few that do, where to.
 
     top_p cuts the second draw alone. probs is used up.
     """
@@ -355,8 +353,9 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
         if len(rows):
             log_score_at = scores_at(x, torch.full(x.shape[:1], sigma, device=x.device))
             for part, goal in [(part, goal) for places, goal in goals for part in places.split(size)]:
-                # a step can magnify rounding by e^(sigma - after), which exact scores do not deserve
-                score = in_float64(log_score_at(part)) if sigma > 9 else log_score_at(part)
+                score = log_score_at(part)
+                if sigma > 9:  # a step magnifies rounding by up to e^(sigma - after): too much where scores are exact
+                    score = in_float64(score)
                 here = x.flatten()[part].to(score.device)
                 probs = step_probs(sampler, graph, score.exp_(), here, sigma, goal, rate / steps)
                 x = x.flatten().scatter(0, part, jump(here, probs, top_p).to(x.device)).view(x.shape)
@@ -370,10 +369,9 @@ def first_hitting(scores_at, graph, noise, x, top_p):
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
     m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
-    exact scores this draws from p(x0), but for what is masked at the end of the noise and appears at once: under
-    geometric noise two tokens or more, in half a percent of texts of 1,024. Learned scores need not sum to
-    1 / (e^sigma - 1), as exact ones do. A sum that is off makes Tweedie write a token sooner or later. Here only their
-    proportions count.
+    exact scores this draws from p(x0), but that the noise may end with several masked, which appear at once: geometric
+    noise does so in half a percent of texts of 1,024. Learned scores need not sum to 1 / (e^sigma - 1), as exact ones
+    do. A sum that is off makes Tweedie write a token sooner or later. Here only their proportions count.
     """
     yield x
     start, end = torch.log(-torch.expm1(-noise(torch.tensor([1.0, 0.0], dtype=torch.float64))[0])).tolist()
@@ -382,8 +380,8 @@ def first_hitting(scores_at, graph, noise, x, top_p):
         wait = torch.empty_like(log_m).exponential_() / masked.sum(-1, keepdim=True).clamp(min=1)  # -log u / n
         log_m = (log_m - wait).clamp(min=end)
         place = torch.where(masked, torch.rand(x.shape, device=x.device), -1.0).argmax(-1, keepdim=True)
-        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (log_m == log_m.new_tensor(end)))
-        sigma = -torch.log(-torch.expm1(log_m[:, 0]))
+        now = masked & ((torch.arange(x.shape[1], device=x.device) == place) | (log_m == end))
+        sigma = torch.log1p(1 / torch.expm1(-log_m[:, 0]))  # -log(1 - m), with all digits
         log_score = scores_at(x, sigma)(now.flatten().nonzero()[:, 0])
         x = x.masked_scatter(now, sample_categorical(log_score[:, : graph.vocab_size].exp(), top_p))
         yield x
@@ -401,11 +399,11 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
     Under the absorbing graph exact scores and small steps give p(rest | kept): a kept token looks like one that noise
     has missed. Under the uniform graph they do not: a kept token is taken for one that may be noisy.
 
-    top_p < 1 does not change whether a token jumps, only where to: see sample_categorical. eta > 0 lets a token change
-    once more after it is written: instead of a step to noise sigma', a position takes, with chance
-    min(1, eta / (1 - e^-sigma')), a fresh draw of x0 noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185).
-    From x ~ p_t such a step, with exact scores, gives each position its marginal. callback(step, x), if given, sees
-    each state from the first (step 0) to the last. ValueError at wrong steps, sampler or prompt.
+    top_p < 1 does not change whether a token jumps, only where to. eta > 0 lets a token change once more after it is
+    written: instead of a step to noise sigma', a position takes, with chance min(1, eta / (1 - e^-sigma')), a fresh
+    draw of x0 noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185). From x ~ p_t such a step, with exact
+    scores, gives each position its marginal. callback(step, x), if given, sees each state from the first (step 0) to
+    the last. ValueError at wrong steps, sampler or prompt.
     """
     if sampler not in ("tweedie", "euler", "exact") or steps < 1:
         raise ValueError(f"sampler={sampler!r} must be tweedie, euler or exact, and steps={steps} at least 1")
@@ -415,7 +413,7 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
         raise ValueError(f"prompt must be (B, L) tokens below {graph.vocab_size}, or -1 to generate")
     free = prompt < 0
     x = torch.where(free, graph.sample_prior(*prompt.shape, device=prompt.device), prompt)
-    # SEDD computes only the scores that are asked for
+    # a model with scores_at makes only those scores that are asked for
     scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)
     if sampler == "exact":
         states = first_hitting(scores_at, graph, noise, x, top_p)
@@ -454,7 +452,7 @@ class SEDDConfig:
     def __post_init__(self):
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width")
-        if self.parameterization == "causal" and GRAPHS[self.graph](1).mask_id is None:
+        if self.parameterization == "causal" and self.graph != "absorb":
             raise ValueError(f"graph={self.graph!r} has no MASK, with which parameterization='causal' begins a text")
 
 
@@ -527,9 +525,8 @@ class Transformer(nn.Module):
     compiled = False
 
     def loss_of_rows(self, rows, h, *inputs):
-        """The row_loss of rows (R,), places in the flattened features h (B, L, n_embd) and inputs (B, L) -> (B, L), 0 at
-        other places. The vocabulary is met by a block of rows at a time. Two blocks keep their logits for the backward
-        pass; others compute them again.
+        """block_loss of features h (B, L, n_embd) and inputs (B, L) at rows (R,), places in x.flatten() -> (B, L), 0 at
+        all others. The first two blocks of rows keep their logits for the backward pass; others compute them again.
         """
         head, S, kind, shape = self.output_layer.linear, self.graph.num_states, h.device.type, h.shape[:2]
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
@@ -539,20 +536,17 @@ class Transformer(nn.Module):
         h, *inputs = (tensor.flatten(0, 1).index_select(0, places) for tensor in (h, *inputs))
         # compiled, a block needs no memory for what is computed on the way
         size = max(1, rows_at_a_time(h, self.graph) // (8 if self.compiled else 128)) * 8
+        again = partial(checkpoint, self.block_loss, use_reentrant=False, preserve_rng_state=False)
         losses = []
         for i, block in enumerate(zip(*(tensor.split(size) for tensor in (h.to(dtype), *inputs)))):
-            again = partial(checkpoint, self.block_loss, use_reentrant=False, preserve_rng_state=False)
             losses.append((self.block_loss if i < 2 else again)(W, b, *block))
         losses = torch.cat(losses)[: len(rows)]
         return losses.new_zeros(shape).flatten().scatter(0, rows, losses).view(shape)
 
-    def block_loss(self, W, b, h, *inputs):
-        """The head's W (P, n_embd) and b (P,) with P >= S, h (R, n_embd), inputs (R,) -> row_loss (R,)."""
-        return self.row_loss(F.linear(h, W, b)[:, : self.graph.num_states], *inputs)
-
     def compile(self):
-        """Compile in place the loss of a block of rows, and the blocks of the trunk, one by one: so one compilation serves
-        them all, and DDP can overlap them.
+        """Compile in place what takes the time: the loss of a block of rows, and the blocks of the trunk, one by one.
+
+        So one compilation serves them all, and DDP can overlap them.
         """
         for block in self.blocks:
             block.compile()
@@ -565,20 +559,18 @@ class Transformer(nn.Module):
 
 
 class SEDD(Transformer):
-    """The score network: model(x, sigma) is the log score, model(x, sigma, x0) its score entropy.
-
-    `loss`, `nll` and `generate` are diffusion_loss, nll_bound and sample for this model. The scripts know no others.
-    """
+    """The score network. `loss`, `nll` and `generate` are diffusion_loss, nll_bound and sample for this model."""
 
     def forward(self, x, sigma, x0=None):
-        """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x; with x0 (B, L), its score entropy (B, L)."""
+        """x (B, L), sigma (B,) -> log score (B, L, S), float32, 0 at y = x. With x0 (B, L): score entropy (B, L)."""
         if x0 is None:
             return self.log_score(self.output_layer.linear(self.trunk(x, sigma)), sigma[:, None], x)
         rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # before the trunk, for it waits for the GPU
         return self.loss_of_rows(rows, self.trunk(x, sigma), sigma[:, None].expand_as(x), x, x0)
 
-    def row_loss(self, logits, sigma, x, x0):
-        """Logits (R, S), sigma, x and x0 (R,) -> graph.score_entropy of the log score, (R,)."""
+    def block_loss(self, W, b, h, sigma, x, x0):
+        """The score entropy (R,) of rows h (R, n_embd), by the head's weight W and bias b, which may be padded."""
+        logits = F.linear(h, W, b)[:, : self.graph.num_states]
         return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
 
     def log_score(self, logits, sigma, x):
@@ -638,9 +630,7 @@ def from_pretrained(path_or_hub_id):
         raise ValueError("geometric noise, but not from 1e-4 to 20")
     shape = {ours: shape[theirs] for theirs, ours in SHAPE.items()}
     model = SEDD(SEDDConfig(published["tokens"], graph=graph, noise=noise["type"], **shape))
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        file = folder / "pytorch_model.bin"
+    file = next(folder.glob("model.safetensors"), folder / "pytorch_model.bin")
     if file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
         raise ValueError(f"{file} only says where the weights are: git lfs pull fetches them")
     if file.suffix == ".bin":
@@ -720,11 +710,11 @@ class GPT(Transformer):
     def forward(self, x0):
         """x0 (B, L) -> -log p(x0_i | x0_1 ... x0_i-1), (B, L), in nats, exactly."""
         before = F.pad(x0[:, :-1], (1, 0), value=self.graph.mask_id)
-        h = self.trunk(before, torch.zeros(len(x0), device=x0.device))
+        h = self.trunk(before, x0.new_zeros(len(x0)))
         return self.loss_of_rows(torch.arange(x0.numel(), device=x0.device), h, x0)
 
-    def row_loss(self, logits, x0):
-        return F.cross_entropy(logits[:, : self.config.vocab_size].float(), x0, reduction="none")
+    def block_loss(self, W, b, h, x0):
+        return F.cross_entropy(F.linear(h, W, b)[:, : self.config.vocab_size].float(), x0, reduction="none")
 
     def loss(self, x0, t=None, x=None, network=None):
         """-log p(x0), x0 (B, L) -> (B,) in nats per sequence. There is no noise, and no use for t and x."""
@@ -737,7 +727,7 @@ class GPT(Transformer):
         """prompt (B, L), tokens and then -1 -> (B, L), one token at each call; what came before is computed again."""
         x = F.pad(prompt, (1, 0), value=self.graph.mask_id)
         for i in range(int((prompt >= 0).all(0).cumprod(0).sum()), prompt.shape[1]):
-            h = self.trunk(x[:, : i + 1], torch.zeros(len(x), device=x.device))[:, -1]
+            h = self.trunk(x[:, : i + 1], x.new_zeros(len(x)))[:, -1]
             logits = self.output_layer.linear(h)[:, : self.config.vocab_size]
             drawn = sample_categorical(logits.float().softmax(-1), top_p)
             x[:, i + 1] = torch.where(prompt[:, i] < 0, drawn, prompt[:, i])
