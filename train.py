@@ -104,7 +104,7 @@ def find_device(name):
 
 
 def join_processes(name, device):
-    """Meet the other processes: by NCCL on CUDA, by gloo elsewhere and where --device=`name` is one card for several."""
+    """Meet the other processes: by NCCL on CUDA, by gloo elsewhere, and where `name` is one card for several."""
     environment = os.environ
     for key in "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT":
         if key not in environment:
@@ -165,7 +165,7 @@ class Data:
         folder = self.folder = Path(o.data_dir) / o.dataset
         self.block_size, self.splits = o.block_size, {}
         try:
-            self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}  # a folder of nanoGPT's tells no more
+            self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}  # nanoGPT's, untold
             if not (folder / "train.bin").is_file() or [*folder.glob("meta.*")]:
                 self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size = self.meta["vocab_size"]
@@ -193,18 +193,18 @@ class Data:
     def batch(self, o, step, model, pin=False):
         """This process's share of a step's batch in micro-batches (x0 (B, L), times t (B,), noised x (B, L)).
 
-        It depends on seed and step alone. A share is every WORLD-th sequence, a micro-batch every n-th of these: so each
-        has its part of every noise level. `pin` is for CUDA, which need not wait for what lies in pinned memory.
+        It depends on seed and step alone. A share is every WORLD-th sequence, a micro-batch every n-th of these: so
+        each has its part of every noise level. `pin` is for CUDA, which need not wait for what is in pinned memory.
 
         The times of a batch are one low-discrepancy set: uniform, or pushed towards 1/2, where most of the learning is
-        (arXiv 2605.13026). The loss of these is no bound on the likelihood; `evaluate` always takes the paper's integral.
+        (arXiv 2605.13026). Then the loss is no bound on the likelihood; `evaluate` always takes the paper's integral.
         """
         generator = torch.Generator().manual_seed(mixed_seed(o.seed, step))
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         t = 1 - (shift + torch.arange(o.batch_size) / o.batch_size) % 1
         if o.times == "logit_normal":
             t = torch.sigmoid(torch.special.ndtri(t.clamp(max=1 - 1e-6)))
-        t = (1e-3 + (1 - 1e-3) * t).float()  # without the first thousandth, where the uniform graph's rare losses explode
+        t = (1e-3 + (1 - 1e-3) * t).float()  # before that the uniform graph's rare losses explode
         choices = len(self.splits["train"]) - o.block_size + 1
         x0 = self.read("train", torch.randint(choices, (o.batch_size,), generator=generator).numpy())
         x = model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
@@ -276,9 +276,8 @@ class Muon(torch.optim.Muon):
 class State:
     """What training changes and a checkpoint keeps: weights, their average, what the optimisers remember, the step.
 
-    The optimiser is AdamW, as in the paper; or Muon for the matrices of the blocks, and AdamW for the rest. AdamW
-    scales each number of its mean gradient by itself. Muon makes that of a matrix nearly orthogonal, so that it moves
-    in all directions alike. Scaled to the size of AdamW's moves, it takes the same learning rate.
+    The optimiser is AdamW, as in the paper. Or it is Muon for the matrices of the blocks, and AdamW for the rest: Muon
+    makes the mean gradient of a matrix nearly orthogonal, so that it moves in all directions alike.
     """
 
     def __init__(self, model, o, dtype=torch.float32):
@@ -402,7 +401,7 @@ def catch_signals():
 
 @contextlib.contextmanager
 def heard(caught):
-    """For what we say: when nobody reads it any more, as after the end of a terminal or of tee, that counts as SIGHUP."""
+    """When nobody reads any more what is said in here, as a terminal or tee has ended, that counts as SIGHUP."""
     try:
         yield
     except OSError:
@@ -464,9 +463,9 @@ def main():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     o, trained, checkpoint, resume = begin(given, device)
-    for name, value in asdict(o).items():
-        if type(value) is int and value == 0 and name not in ("micro_batch_size", "warmup_steps", "eval_sequences", "seed"):
-            fail(f"{name}=0 must be at least 1")
+    may_be_0 = "micro_batch_size", "warmup_steps", "eval_sequences", "seed"
+    if zero := [k for k, v in asdict(o).items() if type(v) is int and v == 0 and k not in may_be_0]:
+        fail(f"{zero[0]}=0 must be at least 1")
     if o.batch_size < WORLD:
         fail(f"batch_size={o.batch_size} leaves nothing to some of {WORLD} processes: try --batch_size={WORLD}")
     if o.compile == "True" and not can_compile(device):
@@ -573,11 +572,10 @@ def train(o, data, state, network, device, dtype):
         if in_a_row == 10:
             print(f"train.py: error: loss or gradient is not finite in steps {state.step - 9} to {state.step}: try a "
                   "lower --learning_rate, or another --dtype", file=sys.stderr, flush=True)  # fmt: skip
-        if saved >= o.max_steps:
-            print(f"{path} is ready: python sample.py --init_from={o.out_dir}", flush=True)
-        else:
-            print(f"{path} holds step {saved}: python train.py --init_from=resume --out_dir={o.out_dir} goes on"
-                  if saved else "nothing is saved", flush=True)  # fmt: skip
+        if saved:
+            goes_on = f"sample.py --init_from={o.out_dir}" if saved >= o.max_steps else (
+                      f"train.py --init_from=resume --out_dir={o.out_dir}")  # fmt: skip
+            print(f"{path} holds step {saved}: python {goes_on}", flush=True)
     if stop and state.step < o.max_steps:
         return 128 + (caught or [signal.SIGTERM])[0]
     return int(saved < o.max_steps)

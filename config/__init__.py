@@ -83,8 +83,9 @@ def parse(Options, script, positional=None, argv=None, source=""):
         help_text = f"{comment} [{default}]".replace("%", "%%")
         group.add_argument(f"--{name}", type=kind, choices=choices, help=help_text)
     options = vars(parser.parse_intermixed_args(words))
-    if wrong := [f"{name}={value}" for name, value in options.items() if type(value) in (int, float) and not value >= 0]:
-        parser.error(f"{wrong[0]} must be 0 or more")
+    for name, value in options.items():
+        if type(value) in (int, float) and not value >= 0:  # nan is not
+            parser.error(f"{name}={value} must be 0 or more")
     for path in reversed(options.pop("files", [])):  # the later file beats the earlier one
         options = parse(Options, script, None, read_file(path), f"{path}: ") | options
     return options

@@ -276,7 +276,7 @@ class Quiet:
 
 @pytest.mark.parametrize("script, args, said", [
     ("prepare.py", ["pydocs", "--data_dir=elsewhere"], "elsewhere/pydocs: train"),
-    ("train.py", [*TINY, "--max_steps=1", "--out_dir=notebook"], "notebook/ckpt.pt is ready"),
+    ("train.py", [*TINY, "--max_steps=1", "--out_dir=notebook"], "notebook/ckpt.pt holds step 1: python sample.py"),
     ("sample.py", ["--steps=1", "--prompt=The {4}", "--init_from=out"], "The "),
 ])  # fmt: skip
 def test_scripts_start_from_a_notebook(script, args, said, home, monkeypatch):

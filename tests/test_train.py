@@ -345,7 +345,7 @@ def test_sigterm_ends_the_step_and_loses_nothing(home):
     step = checkpoint(home / "termed")["step"]
     assert step >= 5 and [record["step"] for record in read_log(home / "termed")] == list(range(1, step + 1))
     assert f"holds step {step}" in out
-    advice = re.search(r"python train.py (.*) goes on", out)[1].split()
+    advice = re.search(r"python train.py (.*)", out)[1].split()
     works(call("train.py", *advice, f"--max_steps={step + 3}", cwd=home))
     works(call("train.py", *args, f"--max_steps={step + 3}", "--out_dir=unbroken", cwd=home))
     a, b = checkpoint(home / "termed"), checkpoint(home / "unbroken")
@@ -356,7 +356,7 @@ def test_sigterm_ends_the_step_and_loses_nothing(home):
 def test_a_signal_in_the_last_step_stops_nothing(home):
     (home / "late.py").write_text(WRAPPED % STOP_IN_A_STEP)
     done = run(home / "late.py", *TINY, "--max_steps=1", "--out_dir=late", cwd=home)
-    assert "late/ckpt.pt is ready" in works(done).stdout and "stopping after this step" in done.stderr
+    assert "late/ckpt.pt holds step 1: python sample.py" in works(done).stdout and "stopping after this step" in done.stderr
 
 
 def test_second_sigint_ends_at_once(home):
