@@ -20,9 +20,6 @@ import tiktoken
 
 from config import fail, parse, progress, run
 
-END_OF_TEXT = 50256  # GPT-2's
-BLOCK = 2000  # texts that are read and encoded together; of each block OpenWebText gives one to val: 0.05%
-
 
 @dataclass
 class Options:
@@ -38,8 +35,8 @@ class Options:
 
 # GPT-2's words. A word takes the blank before it along; no token reaches from one word into the next.
 WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Texts are encoded in pieces, for tiktoken fails at a million blanks, and is slow at endless words. A piece ends with
-# a word, so the tokens are the same; only what is longer than a piece is cut.
+# What is encoded at a time, for tiktoken fails at a million blanks, and older versions are slow at a word of a million
+# letters. It ends where a word ends, or before <|endoftext|>; only where there is no such place, a long run is cut.
 PIECE = r"(?s).{1,10000}(?:\Z|(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}|]))|.{1,10000}(?=<\|endoftext\|>)|.{1,10000}"
 
 
@@ -53,17 +50,18 @@ def learn_bpe(text, vocab_size):
         raise ValueError(f"vocab_size={vocab_size} must be at least 256, the number of bytes")
     tokens = [chr(byte) for byte in range(256)]
     found = Counter(match[0] for match in regex.finditer(WORD.replace("+", "{1,100}"), text))  # no word is endless
-    words = [word.encode().decode("latin-1") for word in found]  # each token is the character of its number
     times = [*found.values()]
-    seen, holders = Counter(), defaultdict(list)  # of a pair: how often the text has it, and in which words it was
+    words = [word.encode().decode("latin-1") for word in found]  # each token is the character of its number
+    seen = Counter()  # how often the text has a pair
+    holders = defaultdict(list)  # the words that a pair is in, or was
     for i, word in enumerate(words):
         for pair in map("".join, zip(word, word[1:])):
             seen[pair] += times[i]
             holders[pair].append(i)
-    heap = sorted([(0, ""), *((-n, pair) for pair, n in seen.items())])
+    heap = sorted([(0, ""), *((-n, pair) for pair, n in seen.items())])  # "" ends a text that has no pair
     for new in map(chr, progress(range(256, vocab_size), desc="learning", unit=" tokens", delay=1)):
         n, best = heappop(heap)
-        while -n != seen[best]:  # merges took some of them: back it goes, and another may be first
+        while -n != seen[best]:  # other merges took some of these pairs: it goes back to its new place
             n, best = heappushpop(heap, (-seen[best], best))
         if n > -2:
             break
@@ -89,8 +87,8 @@ class Tokenizer:
     """Text to tokens and back, as a meta that JSON can hold tells: {"tokenizer", "vocab", "pattern"}.
 
     "char": vocab lists the characters. "bpe": it lists byte strings, a byte written as the character of its number;
-    pattern finds the words. "gpt2" needs neither; where `special`, its <|endoftext|> is one token. Without "tokenizer"
-    the tokens are of one's own: their text is their numbers, below "vocab_size", with blanks between.
+    pattern finds the words. "gpt2" needs neither; `special` makes <|endoftext|> a token. Without "tokenizer" the tokens
+    are somebody's own: their text is their numbers, below "vocab_size", with blanks between.
     """
 
     def __init__(self, meta, special=True):
@@ -106,7 +104,7 @@ class Tokenizer:
         self.vocab_size = self.encoding.n_vocab if self.encoding else len(self.vocab)
 
     def encode(self, text):
-        """text -> tokens (n,), a NumPy array; ValueError, naming it, at a character or number that is no token."""
+        """text -> tokens (n,), a NumPy array; ValueError, in one line, at a character or number that is no token."""
         if self.encoding:
             return np.concatenate([
                 self.encoding.encode_to_numpy(piece, allowed_special=self.special, disallowed_special=())
@@ -115,8 +113,8 @@ class Tokenizer:
         try:
             return np.fromiter(map(self.numbers.__getitem__, text if self.kind else text.split()), np.uint32)
         except KeyError as error:
-            raise ValueError(f"the vocabulary has no {'character' if self.kind else 'number'} {error}, "
-                             f"only {self.vocab_size:,} from {self.vocab[0]!r} to {self.vocab[-1]!r}") from None  # fmt: skip
+            kind = "character" if self.kind else "number"
+            raise ValueError(f"the vocabulary of {self.vocab_size:,} has no {kind} {error}") from None
 
     def decode(self, tokens):
         """List of tokens -> text; bytes that form no character become the replacement sign, U+FFFD."""
@@ -179,17 +177,14 @@ TEXTS = {
 TOKENIZERS = {"pydocs": "bpe", "shakespeare_char": "char", "text8": "char"}  # all others have GPT-2's
 
 
-def pydocs():
-    """The language reference that every Python carries, for the help() function: 0.5 MB of prose and code."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
-
-
 def read_text(path):
-    """The text of a UTF-8 file or URL, without the mark that some editors put before it."""
+    """The text of a UTF-8 file or URL; of pydocs, the reference that every Python carries for help(): prose and code."""
+    if path == TEXTS["pydocs"]:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
     with urlopen(path, timeout=60) if "://" in path else open(path, "rb") as file:
-        return file.read().decode("utf-8-sig")
+        return file.read().decode("utf-8-sig")  # some editors begin a file with a mark, which is no text
 
 
 def read_rows(name, folder, source):
@@ -214,17 +209,18 @@ def read_rows(name, folder, source):
         files = {split: [f"{root}/{pattern}" for pattern in patterns[split]] for split in patterns}
         found = datasets.load_dataset(here, data_files=files, streaming=True)
         for split in filter(found.get, splits):
-            blocks = found[split].select_columns(column).iter(BLOCK)
+            blocks = found[split].select_columns(column).iter(2000)
             for block in progress(blocks, desc=split, unit=" blocks", delay=1):
                 texts = [detokenize(text, rules) for text in block[column]]
                 characters += len("".join(texts))  # TypeError at what is no text
                 rows[split] += len(texts)
-                if name == "owt":  # it has no split to validate on
+                if name == "owt":  # it has no split to validate on, so we take one text of each block, 0.05%
                     yield "val", [texts.pop()]
                 yield split.replace("validation", "val"), texts
     except Exception as error:  # each layer, from sockets to parquet, has its own
-        fail(f"could not read {source} ({type(error).__name__}: {str(error)[:200]}): go online, or give a folder of the "
-             f"same files: python prepare.py {name} --source FOLDER")  # fmt: skip
+        reason = f"{type(error).__name__}: {error}"[:200]
+        fail(f"could not read {source} ({reason}): go online, or give a folder of the same files: "
+             f"python prepare.py {name} --source FOLDER")  # fmt: skip
     if not characters:
         fail(f"{source} has no texts of {' or '.join(splits)}")
     for split in rows:
@@ -238,26 +234,26 @@ def write(folder, blocks, meta, end):
     Each file is written beside its place: an earlier data set lives until the new one is whole. Then its .bin files
     go, meta.json moves in, and train.bin moves in last: no .bin file ever stands beside another set's meta.json.
     """
-    encoder = Tokenizer(meta, special=not end)  # who puts an end after each text reads none inside of it
+    encoder = Tokenizer(meta, special=not end)  # in texts that get their end here, <|endoftext|> is ordinary
     end = np.array(end, "<u2" if encoder.vocab_size <= 65535 else "<u4")
     meta |= {"vocab_size": encoder.vocab_size, "dtype": end.dtype.str, "sizes": Counter(), "bytes": Counter()}
     try:
         with ThreadPoolExecutor() as pool:
             for split, texts in blocks:
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(folder / f"{split}.bin.part", "ab" if split in meta["sizes"] else "wb") as file:
+                with open(folder / f"{split}.bin.unfinished", "ab" if split in meta["sizes"] else "wb") as file:
                     for tokens in pool.map(encoder.encode, texts):
                         meta["sizes"][split] += file.write(np.append(tokens.astype(end.dtype), end)) // end.itemsize
                 meta["bytes"][split] += sum(len(text.encode()) for text in texts)
-        (folder / "meta.json.part").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "meta.json.unfinished").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
         for split in "train", "val", "test":
             (folder / f"{split}.bin").unlink(missing_ok=True)
-        for name in "meta.json", "test.bin", "val.bin", "train.bin":
-            if name[:-4] in [*meta["sizes"], "meta."]:
-                os.replace(folder / f"{name}.part", folder / name)
+        os.replace(folder / "meta.json.unfinished", folder / "meta.json")
+        for split in sorted(meta["sizes"], key=["test", "val", "train"].index):
+            os.replace(folder / f"{split}.bin.unfinished", folder / f"{split}.bin")
     finally:
-        for part in folder.glob("*.part"):
-            part.unlink()
+        for file in folder.glob("*.unfinished"):
+            file.unlink()
         with suppress(OSError):  # it is not empty
             folder.rmdir()
 
@@ -266,14 +262,15 @@ def main():
     given = parse(Options, __file__, "name")
     o = Options(**given)
     hub = not o.input and o.name in HUB
-    path = o.input or TEXTS.get(o.name) or hub and HUB[o.name][0]
+    path = o.input or TEXTS.get(o.name) or HUB.get(o.name, [""])[0]
     usual = o.tokenizer if o.input else TOKENIZERS.get(o.name, "gpt2")
-    tokenizer, source = given.get("tokenizer", usual), Path(o.source or o.input).name or path
-    folder, meta = Path(o.data_dir, o.name), {"tokenizer": tokenizer, "source": source}
+    tokenizer = given.get("tokenizer", usual)
+    folder, source = Path(o.data_dir, o.name), Path(o.source or o.input).name or path
+    meta = {"tokenizer": tokenizer, "source": source}
     if not re.fullmatch(r"[^./\\][^/\\]*", o.name):
         fail(f"name={o.name!r} must be a plain folder name")
-    if o.source and not (hub and Path(o.source).is_dir()):
-        fail(f"source={o.source!r} must be a folder, and stand in for a set of the hub, such as owt")
+    if o.source and not hub:
+        fail(f"source={o.source!r} can only stand in for a set of the hub, such as owt")
     if not path:
         fail(f"unknown data set {o.name!r}: there are {', '.join([*TEXTS, *HUB])}, or give a text with --input FILE")
     if hub and tokenizer != usual:
@@ -284,12 +281,11 @@ def main():
             meta = other | {"tokenizer": other["tokenizer"], "source": source}
         except (OSError, ValueError, TypeError, KeyError):
             fail(f"tokenizer={tokenizer!r} must be bpe, char, gpt2, or a folder that prepare.py wrote, as data/pydocs")
-
     try:
         if hub:
             blocks, alphabet = read_rows(o.name, o.source, source), " abcdefghijklmnopqrstuvwxyz"
         else:
-            text = pydocs() if path == TEXTS["pydocs"] else read_text(path)
+            text = read_text(path)
             if len(text.strip()) < 20:
                 fail(f"{source} is empty or short ({len(text)} characters): it takes 20 to leave some for val and test")
             a, b, alphabet = int(0.9 * len(text)), int(0.95 * len(text)), set(text)
@@ -298,7 +294,7 @@ def main():
             meta["vocab"] = sorted(alphabet)
         elif tokenizer == "bpe":
             meta |= {"vocab": learn_bpe(text[:a], o.vocab_size), "pattern": WORD}
-        write(folder, blocks, meta, [END_OF_TEXT] if hub and tokenizer == "gpt2" else [])
+        write(folder, blocks, meta, [50256] if hub and tokenizer == "gpt2" else [])
     except (OSError, ValueError, HTTPException) as error:
         fail(f"cannot prepare {folder} from {source}: {error}")
     sizes = ", ".join(f"{name} {size:,}" for name, size in meta["sizes"].items())

@@ -354,7 +354,7 @@ def test_learning_is_the_definition(text, vocab_size):
 
 
 def test_learning_is_the_definition_on_english():
-    text = prepare.pydocs()[50_000:54_000]
+    text = prepare.read_text(prepare.TEXTS["pydocs"])[50_000:54_000]
     tokens = prepare.learn_bpe(text, 400)
     assert tokens == slow_bpe(text, 400)
     assert len(tokens) == 400 and tokens[:256] == [chr(byte) for byte in range(256)]
@@ -363,7 +363,7 @@ def test_learning_is_the_definition_on_english():
 
 def test_learned_words_are_encoded_as_they_were_learned():
     """What tiktoken makes of a text has the pairs that were merged, and none that is seen twice is left unmerged."""
-    text = prepare.pydocs()[:20_000]
+    text = prepare.read_text(prepare.TEXTS["pydocs"])[:20_000]
     tokenizer = prepare.Tokenizer(bpe_meta(text, 2**16))
     words = [tokenizer.encode(word).tolist() for word in regex.findall(prepare.WORD, text)]
     assert max(Counter(pair for word in words for pair in pairwise(word)).values()) == 1
@@ -387,7 +387,7 @@ def test_bytes_that_form_no_character_are_the_replacement_sign():
 
 
 def test_bpe_data_is_the_same_on_every_run_and_learned_from_train_alone(tmp_path):
-    text = prepare.pydocs()[:40_000]
+    text = prepare.read_text(prepare.TEXTS["pydocs"])[:40_000]
     ends = "zqzq zqzq " * 400  # the last tenth, of which training sees nothing
     (tmp_path / "a.txt").write_text(text[:36_000] + ends, encoding="utf-8")
     (tmp_path / "b.txt").write_text(text, encoding="utf-8")
@@ -516,7 +516,7 @@ def test_tokens_of_ones_own_are_numbers_with_blanks_between():
     for text, word in ("7 1500", "1500"), ("seven 7", "seven"), ("7 -1", "-1"), ("1.5", "1.5"), ("1_0", "1_0"):
         with pytest.raises(ValueError, match=f"no number '{word}'") as error:
             tokenizer.encode(text)
-        assert "\n" not in str(error.value) and "1,500" in str(error.value)
+        assert "\n" not in str(error.value) and "of 1,500 " in str(error.value)
 
 
 def test_end_of_text_is_one_token_in_texts_and_prompts(tmp_path, bpe):
@@ -747,7 +747,7 @@ def test_stopped_midway_leaves_the_data_as_it_was(hundred_mb, tmp_path):
     works(call("prepare.py", "owt", "--source=small", cwd=tmp_path))
     before = files(tmp_path)
     with start(tmp_path, "owt", f"--source={hundred_mb[0]}/mine") as process:
-        while process.poll() is None and sum(p.stat().st_size for p in tmp_path.glob("data/owt/train.bin.part")) < 1e6:
+        while process.poll() is None and sum(p.stat().st_size for p in tmp_path.glob("data/owt/train.bin.unfinished")) < 1e6:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
@@ -835,11 +835,11 @@ def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
         ("lm1b --source=numbers", ["could not read numbers", "TypeError", "'int'"]),
         ("owt --source=nulls", ["could not read nulls", "TypeError", "NoneType"]),
         ("lambada --source=trainonly", ["trainonly", "no texts of test"]),
-        ("lm1b --source=nowhere", ["'nowhere'", "must be a folder"]),
-        ("lm1b --source=good/test.parquet", ["'good/test.parquet'", "must be a folder"]),
+        ("lm1b --source=nowhere", ["could not read nowhere", "EmptyDatasetError"]),
+        ("lm1b --source=good/test.parquet", ["could not read test.parquet", "EmptyDatasetError"]),
         ("lm1b --source=empty", ["could not read empty", "EmptyDatasetError"]),
         ("lm1b --source=noise", ["could not read noise", "magic bytes"]),
-        ("text8 --source=good", ["no character 'A'", "27"]),
+        ("text8 --source=good", ["of 27 has no character 'A'"]),
         ("text8 --source=none", ["none", "no texts"]),
         ("pydocs --source=good", ["source='good'", "set of the hub", "owt"]),
         ("x --source=good", ["source='good'", "set of the hub", "owt"]),

@@ -328,14 +328,14 @@ def test_pydocs_files_are_little_endian_uint16_in_the_sizes_of_meta(home):
     assert meta["sizes"] == {s: (folder / f"{s}.bin").stat().st_size // 2 for s in splits}
     first = (folder / "train.bin").read_bytes()[:2]
     token = meta["vocab"][first[0] + 256 * first[1]]
-    assert token and prepare.pydocs().startswith(token)
+    assert token and prepare.read_text(prepare.TEXTS["pydocs"]).startswith(token)
     n = sum(meta["bytes"].values())
     for split, share in ("train", 0.9), ("val", 0.05), ("test", 0.05):
         assert meta["bytes"][split] == pytest.approx(share * n, rel=0.01)
 
 
 def test_pydocs_decodes_to_the_text(home):
-    assert text_of(home / "data/pydocs") == prepare.pydocs()
+    assert text_of(home / "data/pydocs") == prepare.read_text(prepare.TEXTS["pydocs"])
 
 
 def test_one_text_under_two_names_is_the_same_data(tmp_path):
@@ -397,7 +397,7 @@ def test_interrupted_prepare_leaves_the_data_as_it_was(home, tmp_path, monkeypat
 
 @pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"), reason="needs GPT-2's BPE files: set TIKTOKEN_CACHE_DIR")
 def test_gpt2_tokens_from_text_to_text(tmp_path):
-    text = prepare.pydocs()[:20_000] + "日本語 🙂 <|endoftext|>\n"
+    text = prepare.read_text(prepare.TEXTS["pydocs"])[:20_000] + "日本語 🙂 <|endoftext|>\n"
     (tmp_path / "some.txt").write_bytes(text.encode())
     works(call("prepare.py", "bpe", "--input=some.txt", "--tokenizer=gpt2", cwd=tmp_path))
     meta, splits = read_data(tmp_path / "data/bpe")
@@ -838,6 +838,6 @@ def test_advice_for_an_unprepared_data_set_works(tmp_path):
 
 def test_missing_character_is_named_without_listing_thousands():
     meta = {"tokenizer": "char", "vocab": [chr(0x4E00 + i) for i in range(5000)], "vocab_size": 5000}
-    with pytest.raises(ValueError, match="no character 'a', only 5,000 ") as error:
+    with pytest.raises(ValueError, match="of 5,000 has no character 'a'") as error:
         prepare.Tokenizer(meta).encode("\u4e00a")
     assert len(str(error.value)) < 300
