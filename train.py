@@ -474,12 +474,12 @@ def main():
     vocabulary = "tokenizer", "vocab_size", "vocab", "pattern"
     if trained and any(data.meta.get(name) != checkpoint["meta"].get(name) for name in vocabulary):
         fail(f"init_from={o.init_from!r} was trained on another vocabulary than {data.folder} has: name its data set")
+    torch.manual_seed(o.seed)
     try:
         config = SEDDConfig(data.vocab_size, **{name: getattr(o, name) for name in SHAPE})
-    except ValueError as error:
+        model = MODELS[o.parameterization](config)
+    except ValueError as error:  # sizes, or a graph, that do not fit
         fail(error)
-    torch.manual_seed(o.seed)
-    model = MODELS[o.parameterization](config)
     if trained:
         model.load_state_dict(trained.state_dict())
     model.to(device)

@@ -724,6 +724,8 @@ BAD = {
             ("max_steps", -3), ("eval_sequences", -1), ("dropout", -0.1), ("dropout", "nan"), ("ema", -1.0),
             ("learning_rate", -1.0), ("learning_rate", "nan"), ("warmup_steps", -1), ("grad_clip", -1.0), ("seed", -1))],
         ("--batch_size=0", "batch_size=0"),
+        ("--graph=uniform --noise=geometric --parameterization=mean", "parameterization='mean'", "loglinear"),
+        ("--graph=uniform --parameterization=causal", "graph='uniform'", "MASK"),
         ("--eval_split=dev", "eval_split", "val", "test", "train", "'dev'"),
     ],
     "prepare.py": [
