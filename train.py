@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import errno
 import json
 import math
 import os
@@ -33,11 +34,11 @@ class Options:
     dataset: str = "pydocs"  # a folder below data_dir, written by prepare.py
     data_dir: str = "data"  # where prepare.py put it
     out_dir: str = "out"  # for ckpt.pt and log.jsonl
-    init_from: str = "scratch"  # resume: out_dir/ckpt.pt; auto: that or scratch; a checkpoint, folder or hub id
+    init_from: str = "scratch"  # or resume: out_dir/ckpt.pt; auto: resume or scratch; a checkpoint, folder, hub id
     # model
     graph: Literal[tuple(GRAPHS)] = "absorb"  # what noise turns a token into: MASK, or any token
-    noise: Literal[tuple(NOISES)] = "loglinear"  # how noise grows with time
-    parameterization: Literal[tuple(MODELS)] = "score"  # what is learned: SEDD, D3PM, or GPT
+    noise: Literal[tuple(NOISES)] = "loglinear"  # how sigma, the noise, grows with time
+    parameterization: Literal[tuple(MODELS)] = "score"  # SEDD learns scores, D3PM means; causal: GPT
     block_size: int = 128  # tokens in a sequence
     n_layer: int = 4  # transformer blocks
     n_head: int = 2  # attention heads
@@ -50,11 +51,11 @@ class Options:
     batch_size: int = 32  # sequences a step, over all processes and micro-batches
     micro_batch_size: int = 0  # sequences a process holds at a time; 0: its whole share of the batch
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, and AdamW for the rest
-    learning_rate: float = 1.2e-2  # of both, after the warm-up
+    learning_rate: float = 1.2e-2  # of AdamW and Muon, after the warm-up
     warmup_steps: int = 50  # steps of linear growth from 0
     decay_lr: Literal["linear", "cosine", "none"] = "linear"  # how it then falls to 0 at max_steps, if it does
-    weight_decay: float = 0.0  # of both optimisers
-    beta2: float = 0.98  # memory of AdamW for the size of gradients
+    weight_decay: float = 0.0  # of AdamW and Muon
+    beta2: float = 0.98  # AdamW's memory for the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     ema: float = 0.999  # decay of the averaged weights, which are evaluated and sampled
     seed: int = 1337  # of the weights, batches, times, noise and dropout
@@ -165,7 +166,7 @@ class Data:
         folder = self.folder = Path(o.data_dir) / o.dataset
         self.block_size, self.splits = o.block_size, {}
         try:
-            self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}  # nanoGPT's, untold
+            self.meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "<u2"}  # of nanoGPT, which has no meta.json
             if not (folder / "train.bin").is_file() or [*folder.glob("meta.*")]:
                 self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             self.vocab_size = self.meta["vocab_size"]
@@ -200,11 +201,10 @@ class Data:
         (arXiv 2605.13026). Then the loss is no bound on the likelihood; `evaluate` always takes the paper's integral.
         """
         generator = torch.Generator().manual_seed(mixed_seed(o.seed, step))
-        shift = torch.rand((), generator=generator, dtype=torch.float64)
-        t = 1 - (shift + torch.arange(o.batch_size) / o.batch_size) % 1
+        t = 1 - (torch.rand((), generator=generator) + torch.arange(o.batch_size) / o.batch_size) % 1
         if o.times == "logit_normal":
             t = torch.sigmoid(torch.special.ndtri(t.clamp(max=1 - 1e-6)))
-        t = (1e-3 + (1 - 1e-3) * t).float()  # before that the uniform graph's rare losses explode
+        t = 1e-3 + (1 - 1e-3) * t  # below 1e-3 the uniform graph's rare losses explode
         choices = len(self.splits["train"]) - o.block_size + 1
         x0 = self.read("train", torch.randint(choices, (o.batch_size,), generator=generator).numpy())
         x = model.graph.sample_transition(x0, model.noise(t)[0][:, None], generator)
@@ -218,10 +218,10 @@ class Data:
 
 
 def load_model(start):
-    """A trained model (on the CPU, in evaluation mode) and a dict with the meta of its data: of a run, all it saved.
+    """A trained model (on the CPU, in evaluation mode) and its checkpoint, or a dict with the meta alone.
 
     `start` is a checkpoint or a run's folder, of which the average is taken, or a folder or hub repository in the
-    published format. That tells nothing of the text: 50,257 tokens are taken for GPT-2's. Fails in one line.
+    published format. That names no tokenizer: 50,257 tokens are taken for GPT-2's. Fails in one line.
     """
     path = Path(start) / "ckpt.pt" if os.path.isdir(start) else Path(start)
     # a slip in out/mytext must not load a stranger's model of that name
@@ -307,7 +307,7 @@ class State:
         self.step = checkpoint["step"]
         self.model.load_state_dict(checkpoint["model"])
         self.average.load_state_dict(checkpoint["ema"])
-        self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())  # empty: it was not of float16
+        self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())  # empty: saved without float16
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"][name]["state"]})
 
@@ -378,7 +378,7 @@ def learning_rate(o, step):
 
 
 def catch_signals():
-    """From now on SIGINT, SIGTERM and SIGHUP only join the list that this returns; a second SIGINT ends the process.
+    """From now on SIGINT, SIGTERM and SIGHUP only join the list that this returns; a later SIGINT ends the process.
 
     SIGHUP comes when a terminal closes. One that was ignored when the process began, as under nohup, still is.
     """
@@ -396,22 +396,33 @@ def catch_signals():
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, catch)
+    sys.stdout, sys.stderr = Output(sys.stdout, caught), Output(sys.stderr, caught)
     return caught
 
 
-@contextlib.contextmanager
-def heard(caught):
-    """When nobody reads any more what is said in here, as a terminal or tee has ended, that counts as SIGHUP."""
-    try:
-        yield
-    except OSError:
-        for stream in 1, 2:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        caught.append(1)  # SIGHUP, which Windows does not know
+class Output:
+    """A stream; when nobody reads it any more, as after the end of a terminal or of tee, that counts as SIGHUP."""
+
+    def __init__(self, stream, caught):
+        self.stream, self.caught = stream, caught
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text=""):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # a full disk costs some words
+                self.stream = open(os.devnull, "w")
+                self.caught.append(1)  # SIGHUP, for which Windows has no name
+
+    flush = write
 
 
 def log(o, record, before=""):
-    """Process 0 adds a line to log.jsonl. A full disk costs the line and not the run."""
+    """Process 0 adds a line to log.jsonl, unless the disk is full."""
     if RANK > 0:
         return
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -436,15 +447,15 @@ def begin(given, device):
         if not (resume or o.eval_only) and Path(start).resolve() in (path.resolve(), path.parent.resolve()):
             fail(f"init_from={start!r} is out_dir as well: name another --out_dir, or --init_from=resume")
         trained, checkpoint = load_model(str(path) if resume else start)
-        kept = {name: getattr(trained.config, name) for name in SHAPE}
+        before = {name: getattr(trained.config, name) for name in SHAPE}
         if resume:
-            kept |= checkpoint["options"] | {"init_from": "resume", "out_dir": o.out_dir, "device": o.device}
-        if unknown := kept.keys() - asdict(o).keys():
+            before |= checkpoint["options"] | {"init_from": "resume", "out_dir": o.out_dir, "device": o.device}
+        if unknown := before.keys() - asdict(o).keys():
             fail(f"{path} is of another version of this code: it has an option {min(unknown)!r}")
-        fixed = [name for name in (*SHAPE, "optimizer") if name in kept and name not in ("block_size", "dropout")]
-        if other := [f"--{name}={kept[name]}" for name in fixed if given.get(name, kept[name]) != kept[name]]:
-            fail(f"{start} was trained with other options: say {' '.join(other)}")
-        o = Options(**(kept | given))
+        fixed = before.keys() & {*SHAPE, "optimizer"} - {"block_size", "dropout"}
+        if other := [name for name in before if name in fixed and given.get(name, before[name]) != before[name]]:
+            fail(f"{start} was trained otherwise: say {' '.join(f'--{name}={before[name]}' for name in other)}")
+        o = Options(**(before | given))
     if dist.is_initialized():
         step = torch.tensor(checkpoint["step"] if resume else -1, device=device)
         first = step.clone()
@@ -502,8 +513,8 @@ def main():
               f"step, steps {state.step} to {o.max_steps}; output in {o.out_dir}/")  # fmt: skip
         status = train(o, data, state, network, device, dtype)
     if dist.is_initialized():
-        time.sleep(0.2)  # gloo's threads may still need the interpreter, which the next line holds while it awaits them
-        dist.destroy_process_group()  # here, where all arrive: one that has failed alone could wait for ever
+        time.sleep(0.2)  # gloo's threads may need the interpreter, which the next line holds while it waits for them
+        dist.destroy_process_group()  # not after an error: a process that has failed alone could wait for ever
     sys.exit(status)
 
 
@@ -516,11 +527,11 @@ def train(o, data, state, network, device, dtype):
         if not state.step and path.is_file():  # of an earlier run: a command that is typed twice loses no model
             names = (path.with_suffix(f".old{n}.pt") for n in ("", *range(2, 10**6)))
             print("the checkpoint of an earlier run is kept as", path.rename(next(p for p in names if not p.exists())))
-        log(o, {"step": state.step, "options": asdict(o)}, before="\n")  # what was cut off stands on a line of its own
-    bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
-    saved, stop, in_a_row, losses, seconds = state.step, 0, 0, [], 0.0
+        log(o, {"step": state.step, "options": asdict(o)}, before="\n")  # the line before may have been cut off
     caught = catch_signals()
-    while state.step < o.max_steps and not stop and in_a_row < 10:
+    bar = progress(total=o.max_steps, initial=state.step, unit="step", disable=RANK > 0)
+    saved, stop, bad_in_a_row, losses, seconds = state.step, 0, 0, [], 0.0
+    while state.step < o.max_steps and not stop and bad_in_a_row < 10:
         began = time.perf_counter()
         torch.manual_seed(mixed_seed(o.seed, state.step, RANK + 1))  # for dropout; a last 0 would give the batch's seed
         loss = 0.0
@@ -545,7 +556,7 @@ def train(o, data, state, network, device, dtype):
         if finite:
             state.update(lr, o.ema)
         # float16 begins with a scale that is too large: steps that bring it down are no reason to give up
-        in_a_row = 0 if finite else in_a_row + (scaler.get_scale() <= 1)
+        bad_in_a_row = 0 if finite else bad_in_a_row + (scaler.get_scale() <= 1)
         scaler.update()
         model.zero_grad()
         state.step += 1
@@ -553,29 +564,27 @@ def train(o, data, state, network, device, dtype):
         seconds += time.perf_counter() - began
 
         last = stop or state.step == o.max_steps
-        with heard(caught):
-            if state.step % o.log_interval == 0 or last:
-                loss, rate = torch.tensor(losses).nanmean().item(), len(losses) / seconds  # steps a second
-                log(o, {"step": state.step, "loss": loss, "norm": norm, "lr": lr, "ms": round(1000 / rate, 1),
-                        "tokens_per_s": round(rate * o.batch_size * o.block_size),
-                        "skipped": sum(map(math.isnan, losses))})  # fmt: skip
-                bar.set_postfix(loss=loss, norm=norm, lr=lr, refresh=False)
-                losses, seconds = [], 0.0
-            if (state.step % o.save_interval == 0 or last) and not in_a_row:
-                if RANK > 0 or state.save(path, o, data.meta):
-                    saved = state.step
-            bar.update()
-            if state.step % o.eval_interval == 0 or state.step == o.max_steps:  # this can take long: save first
-                log(o, {"step": state.step} | evaluate(state.average, data, o, device, dtype, f"step {state.step}"))
-    with heard(caught):
-        bar.close()
-        if in_a_row == 10:
-            print(f"train.py: error: loss or gradient is not finite in steps {state.step - 9} to {state.step}: try a "
-                  "lower --learning_rate, or another --dtype", file=sys.stderr, flush=True)  # fmt: skip
-        if saved:
-            goes_on = f"sample.py --init_from={o.out_dir}" if saved >= o.max_steps else (
-                      f"train.py --init_from=resume --out_dir={o.out_dir}")  # fmt: skip
-            print(f"{path} holds step {saved}: python {goes_on}", flush=True)
+        if state.step % o.log_interval == 0 or last:
+            loss, rate = torch.tensor(losses).nanmean().item(), len(losses) / seconds  # steps a second
+            log(o, {"step": state.step, "loss": loss, "norm": norm, "lr": lr, "ms": round(1000 / rate, 1),
+                    "tokens_per_s": round(rate * o.batch_size * o.block_size),
+                    "skipped": sum(map(math.isnan, losses))})  # fmt: skip
+            bar.set_postfix(loss=loss, norm=norm, lr=lr, refresh=False)
+            losses, seconds = [], 0.0
+        if (state.step % o.save_interval == 0 or last) and finite:
+            if RANK > 0 or state.save(path, o, data.meta):
+                saved = state.step
+        bar.update()
+        if state.step == o.max_steps or state.step % o.eval_interval == 0 and not stop:  # can take long: save first
+            log(o, {"step": state.step} | evaluate(state.average, data, o, device, dtype, f"step {state.step}"))
+    bar.close()
+    if bad_in_a_row == 10 and RANK == 0:
+        print(f"train.py: error: loss or gradient is not finite in steps {state.step - 9} to {state.step}: try a lower "
+              "--learning_rate, or another --dtype", file=sys.stderr)  # fmt: skip
+    if saved:
+        goes_on = f"sample.py --init_from={o.out_dir}" if saved >= o.max_steps else (
+                  f"train.py --init_from=resume --out_dir={o.out_dir}")  # fmt: skip
+        print(f"{path} holds step {saved}: python {goes_on}")
     if stop and state.step < o.max_steps:
         return 128 + (caught or [signal.SIGTERM])[0]
     return int(saved < o.max_steps)

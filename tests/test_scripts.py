@@ -712,7 +712,7 @@ BAD = {
         ("--init_from=resume --out_dir=nowhere", "nowhere/ckpt.pt", "python train.py --out_dir=nowhere"),
         ("--init_from=resume --out_dir=cut", "cut/ckpt.pt", "no model", "version"),
         ("--init_from=resume --out_dir=other", "other/ckpt.pt", "no model", "version"),
-        ("--init_from=resume --n_layer=3", "trained with other options", "--n_layer=1"),
+        ("--init_from=resume --n_layer=3", "trained otherwise", "--n_layer=1"),
         ("--init_from=resume --dataset=digits --eval_only", "another vocabulary", "data/digits"),
         ("--device=cuda:99", "'cuda:99'", "--device=auto"),
         ("--device=gpu", "'gpu'", "--device=auto"),

@@ -189,7 +189,7 @@ def test_fine_tuning_starts_from_the_averaged_weights(start, home):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--init_from=out --n_layer=2 --out_dir=x", ["out was trained with other options", "say --n_layer=1"]),
+    ("--init_from=out --n_layer=2 --out_dir=x", ["out was trained otherwise", "say --n_layer=1"]),
     ("--init_from=out --n_embd=64 --n_layer=2 --graph=uniform --out_dir=x", ["say --n_layer=1 --n_embd=32 --graph=absorb"]),
     ("--init_from=out --graph=uniform --eval_only", ["--graph=absorb"]),
     ("--init_from=out", ["'out'", "out_dir as well"]),
@@ -269,7 +269,7 @@ def test_a_run_keeps_its_optimiser(home):
     assert checkpoint(home / "adamw")["optimizer"].keys() == {"adamw"}
     works(call("train.py", "--init_from=resume", "--max_steps=3", "--out_dir=adamw", cwd=home))
     done = call("train.py", "--init_from=resume", "--max_steps=4", "--optimizer=muon", "--out_dir=adamw", cwd=home)
-    complains(done, "train.py", "trained with other options", "--optimizer=adamw")
+    complains(done, "train.py", "trained otherwise", "--optimizer=adamw")
     assert checkpoint(home / "adamw")["step"] == 3
 
 
