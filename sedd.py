@@ -136,22 +136,22 @@ class Graph:
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        It is pi_x times the sum over y != x of s - r log s + K(r), where K(r) = r (log r - 1), for sigma > 0. These are
-        written r (e^d - 1 - d) with d = log s - log r, or s where r = 0: else their digits would cancel at large r.
+        It is pi_x times the sum over y of s - r log s + K(r), where K(r) = r (log r - 1), for sigma > 0. At y = x it is
+        zero. At large r its digits would cancel: so r (e^d - 1 - d), with d = log s - log r, or s where r = 0.
         """
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
         # two numbers a token: r = p(y | x0) / p(x | x0) at y = x0, and r pi_x / pi_y at any other y
         r_x0, r_other = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x])[..., None]
-        y, x, x0 = torch.arange(self.num_states, device=x.device), x[..., None], x0[..., None]
-        pi_x = self.pi(x, log_score.dtype)
+        y, x0 = torch.arange(self.num_states, device=x.device), x0[..., None]
+        pi_x = self.pi(x, log_score.dtype)[..., None]
         relative = self.pi(y, log_score.dtype) / torch.where(pi_x > 0, pi_x, 1.0)
         r = torch.where(y == x0, r_x0, r_other * relative)
         log_r = torch.where(y == x0, r_x0.log(), r_other.log() + relative.log())
         d = torch.where(r > 0, log_score - log_r, 0.0)
         entropy = torch.where(r > 0, r * (torch.expm1(d) - d), log_score.exp())
-        return (pi_x * torch.where(y == x, 0.0, entropy)).sum(-1)
+        return (pi_x * entropy).sum(-1)
 
     def reverse_rate(self, score, x):
         """Rates of the reversed chain out of x, per unit of sigma: Q[x, y] s_y at y != x, (..., S); the sum is 0."""
