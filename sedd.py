@@ -8,8 +8,8 @@ token that is hit turns into MASK (absorbing graph) or into a random token (unif
 one has to know the ratios p_t(y) / p_t(x) for all sequences y that differ from x in one position: together they are
 called the concrete score. A transformer learns them by minimising the score entropy, which is smallest exactly at the
 true ratios. Its denoising form asks only for the ratios p(y | x0) / p(x | x0), which are known; weighted by the rate of
-the noise and integrated over time, it bounds -log p(x0) from above, up to a term for each end. To sample, start from
-pure noise and run the chain backwards with the learned score.
+the noise and integrated over time, it bounds -log p(x0), but for a term at each end. To sample, run the chain backwards
+from pure noise, with the learned score.
 
 Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box: model(x, sigma) is
 its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that log score. Then come
@@ -39,9 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LogLinearNoise:
-    """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models.
-
-    The chance of a hit, 1 - e^-sigma = (1 - eps) t, grows linearly in time. It ends at 1 - eps, so sigma stays finite.
+    """sigma(t) = -log(1 - (1 - eps) t), the schedule of the published models. The chance of a hit, 1 - e^-sigma, is
+    (1 - eps) t. It grows linearly in time, and ends at 1 - eps, so that sigma stays finite.
     """
 
     def __init__(self, eps=1e-3):
@@ -52,9 +51,8 @@ class LogLinearNoise:
 
 
 class GeometricNoise:
-    """sigma(t) = sigma_min^(1 - t) sigma_max^t, the paper's other schedule.
-
-    It starts above zero: already at t = 0 a token has been hit with a chance of about sigma_min.
+    """sigma(t) = sigma_min^(1 - t) sigma_max^t, the paper's other schedule. It starts above zero: already at t = 0 a
+    token has been hit with a chance of about sigma_min.
     """
 
     def __init__(self, sigma_min=1e-4, sigma_max=20.0):
@@ -86,9 +84,9 @@ class GeometricNoise:
 class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
-    So Q = pi 1^T - I, and Q[x, y] = pi_x for y != x. With a = e^-sigma its exponential is
-    exp(sigma Q) = a I + (1 - a) pi 1^T, as pi 1^T is its own square: after noise sigma a token is unhit with chance a,
-    and otherwise distributed as pi. Everything below follows from this.
+    So Q = pi 1^T - I, and Q[x, y] = pi_x for y != x. As pi 1^T is its own square, exp(sigma Q) = a I + (1 - a) pi 1^T
+    with a = e^-sigma: after noise sigma a token is unhit with chance a, and otherwise distributed as pi. Everything
+    below follows from this.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and delta broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
@@ -122,7 +120,7 @@ class Graph:
         """KL(p(x_T | x0) || p_base) in nats per token, x0 (...) -> (...).
 
         p_base is what noise makes of evenly drawn tokens: (1 - a) pi, and a / V on each of the V tokens. (pi alone
-        would not do: under the absorbing graph it gives x0 no chance, though x0 is still there with chance a.)
+        gives x0 no chance under the absorbing graph, though x0 is still there with chance a.)
         """
 
         def cost(y, sigma, untouched):
@@ -135,32 +133,25 @@ class Graph:
         everywhere = cost(torch.arange(self.num_states, device=x0.device), sigma[..., None], 0.0).sum(-1)
         return everywhere - cost(x0, sigma, 0.0) + cost(x0, sigma, torch.exp(-sigma))
 
-    def ratio(self, sigma, x, x0):
-        """The ratios r = p(y | x0) / p(x | x0) for all y, in two numbers a token: (..., 2).
+    def score_entropy(self, log_score, sigma, x, x0):
+        """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        They are r at y = x0, and r pi_x / pi_y at every other y: the chance that x, given x0, has been hit.
+        It is pi_x times the sum over y of s - r log s + K(r), where K(r) = r (log r - 1), for sigma > 0. At y = x it is
+        zero. At large r its digits would cancel: so r (e^d - 1 - d), with d = log s - log r, or s where r = 0.
         """
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
-        return torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x], -1)
-
-    def score_entropy(self, log_score, sigma, x, x0):
-        """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
-
-        For sigma > 0 it is pi_x times the sum over y != x of s - r log s + K(r), where K(r) = r (log r - 1). Where r is
-        large, these three cancel all their digits. So, with d = log s - log r, they are written r (e^d - 1 - d), which
-        is never negative; r = 0 leaves s alone.
-        """
-        r_x0, hit = self.ratio(sigma, x, x0)[..., None, :].unbind(-1)
-        y, x, x0 = torch.arange(self.num_states, device=x.device), x[..., None], x0[..., None]
-        pi, pi_x = self.pi(y, log_score.dtype), self.pi(x, log_score.dtype)
-        pi = pi / torch.where(pi_x > 0, pi_x, 1.0)
-        r = torch.where(y == x0, r_x0, hit * pi)
-        log_r = torch.where(y == x0, r_x0.log(), hit.log() + pi.log())
+        # two numbers a token: r = p(y | x0) / p(x | x0) at y = x0, and r pi_x / pi_y at any other y
+        r_x0, r_other = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x])[..., None]
+        y, x0 = torch.arange(self.num_states, device=x.device), x0[..., None]
+        pi_x = self.pi(x, log_score.dtype)[..., None]
+        relative = self.pi(y, log_score.dtype) / torch.where(pi_x > 0, pi_x, 1.0)
+        r = torch.where(y == x0, r_x0, r_other * relative)
+        log_r = torch.where(y == x0, r_x0.log(), r_other.log() + relative.log())
         d = torch.where(r > 0, log_score - log_r, 0.0)
         entropy = torch.where(r > 0, r * (torch.expm1(d) - d), log_score.exp())
-        return (pi_x * torch.where(y == x, 0.0, entropy)).sum(-1)
+        return (pi_x * entropy).sum(-1)
 
     def reverse_rate(self, score, x):
         """Rates of the reversed chain out of x, per unit of sigma: Q[x, y] s_y at y != x, (..., S); the sum is 0."""
@@ -175,7 +166,8 @@ class Graph:
         scores can make entries negative; these become zero.
         """
         x, undo = x[..., None], torch.expm1(delta)[..., None]
-        pi, pi_x = self.pi(torch.arange(self.num_states, device=x.device), score.dtype), self.pi(x, score.dtype)
+        pi = self.pi(torch.arange(self.num_states, device=x.device), score.dtype)
+        pi_x = self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
         # exp(-delta Q) s is (1 + undo) s - undo (sum of s) pi, and exp(delta Q)[x, y] is [y = x] + undo pi_x, over
@@ -256,10 +248,9 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
     p(x0) is what the reversed chain generates from p_base with this model's scores, in continuous time. With the true
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
-    (`sample` takes steps, and starts from pi, which differs from p_base by at most e^-sigma(1) a token.) The integral
-    takes num_times times t = u^2, u evenly spaced from one random shift per sequence: under log-linear noise the rare
-    hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0, and the KL
-    at most eps log V nats per token. Under geometric noise the KL is next to nothing; the last term is one draw of x.
+    The integral takes num_times times t = u^2, u evenly spaced from a random shift per sequence: under log-linear noise
+    the rare hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0,
+    and the KL at most eps log V nats per token. Under geometric noise the KL is tiny, and the last term one draw of x.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -278,8 +269,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 # ------------------------------------------------------------------------------------------------------
 # 4. Samplers: the reversed chain, cut into steps in which all positions jump independently, or token by token. A step
-# makes probabilities of scores (step_probs), and draws from them (jump). Two loops yield the states x (B, L), from pure
-# noise to clean tokens: steps_of and first_hitting. `sample` runs one of them.
+# makes chances of scores (step_probs), and draws from them (jump). `sample` runs one of two loops over states x (B, L).
 
 
 def euler_probs(graph, score, delta, x):
@@ -290,15 +280,14 @@ def euler_probs(graph, score, delta, x):
 
 
 def step_probs(sampler, graph, score, x, sigma, after, leap):
-    """The chances (R, S) of where tokens x (R,), with scores (R, S), go in a step from noise sigma to noise `after`.
-
-    leap is dt dsigma(t), which Euler takes off. These three are numbers.
-    """
+    """Chances (R, S) of a step from noise sigma to `after`, for x (R,) with scores (R, S). Euler's delta is `leap`."""
+    delta = leap if sampler == "euler" and after else sigma - after
+    delta = torch.full_like(score[:, 0], delta)
     if after == 0:
-        return graph.denoise_probs(score, torch.full_like(score[:, 0], sigma), x)
+        return graph.denoise_probs(score, delta, x)
     if sampler == "euler":
-        return euler_probs(graph, score, torch.full_like(score[:, 0], leap), x)
-    return graph.tweedie_probs(score, torch.full_like(score[:, 0], sigma - after), x)
+        return euler_probs(graph, score, delta, x)
+    return graph.tweedie_probs(score, delta, x)
 
 
 def in_float64(tensor):
@@ -325,11 +314,9 @@ def sample_categorical(probs, top_p=1.0):
 
 
 def jump(x, probs, top_p):
-    """x (R,) after a draw from probs (R, S): whether a token jumps and then, for the few that do, where to.
-
-    top_p cuts the second draw alone. probs is used up.
-    """
-    stay, jumps = probs.gather(-1, x[:, None]), probs.scatter_(-1, x[:, None], 0.0)
+    """x (R,) after a draw from probs (R, S), used up: whether a token jumps and then, for the few that do, where to."""
+    stay = probs.gather(-1, x[:, None])
+    jumps = probs.scatter_(-1, x[:, None], 0.0)
     jumping = sample_categorical(torch.cat([stay, jumps.sum(-1, keepdim=True)], -1)).nonzero()[:, 0]
     return x.scatter(0, jumping, sample_categorical(jumps[jumping], top_p))
 
@@ -350,9 +337,10 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
             fresh = free & (torch.rand(x.shape, device=x.device) < eta / -math.expm1(-after))
             of_rows = fresh.flatten()[rows]
             goals = [(rows[~of_rows], after), (rows[of_rows], 0.0)]
-        if len(rows):
+        parts = [(part, goal) for places, goal in goals for part in places.split(size) if len(part)]
+        if parts:
             log_score_at = scores_at(x, torch.full(x.shape[:1], sigma, device=x.device))
-            for part, goal in [(part, goal) for places, goal in goals for part in places.split(size)]:
+            for part, goal in parts:
                 score = log_score_at(part)
                 if sigma > 9:  # a step magnifies rounding by up to e^(sigma - after): too much where scores are exact
                     score = in_float64(score)
@@ -369,9 +357,9 @@ def first_hitting(scores_at, graph, noise, x, top_p):
 
     A token is masked with chance m = 1 - e^-sigma. Of n masked ones the first to appear does so when m has fallen to
     m u^(1/n), u uniform, at a place drawn evenly, and its score there says which token it is (arXiv 2409.02908). With
-    exact scores this draws from p(x0), but that the noise may end with several masked, which appear at once: geometric
-    noise does so in half a percent of texts of 1,024. Learned scores need not sum to 1 / (e^sigma - 1), as exact ones
-    do. A sum that is off makes Tweedie write a token sooner or later. Here only their proportions count.
+    exact scores this draws from p(x0), but for what is masked at the end of the noise, and appears at once: under
+    geometric noise several tokens in half a percent of texts of 1,024. Only the proportions of scores count here. A sum
+    other than 1 / (e^sigma - 1), which learned ones can have, makes Tweedie write a token too soon or too late.
     """
     yield x
     start, end = torch.log(-torch.expm1(-noise(torch.tensor([1.0, 0.0], dtype=torch.float64))[0])).tolist()
@@ -393,17 +381,16 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
 
     No MASK is left where scores are finite. `tweedie` and `euler` call the model at most `steps` times. Given the true
     scores `tweedie` is optimal among the steps that move each position independently, and exact for a single position;
-    `euler` is tau-leaping. Both end with graph.denoise_probs. (Under the absorbing graph with log-linear noise they are
-    the same for any scores, for e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting.
+    `euler` is tau-leaping. (Under the absorbing graph with log-linear noise they are the same for any scores, for
+    e^(sigma(t) - sigma(t - dt)) - 1 is dt dsigma(t).) `exact` is first_hitting.
 
     Under the absorbing graph exact scores and small steps give p(rest | kept): a kept token looks like one that noise
     has missed. Under the uniform graph they do not: a kept token is taken for one that may be noisy.
 
     top_p < 1 does not change whether a token jumps, only where to. eta > 0 lets a token change once more after it is
     written: instead of a step to noise sigma', a position takes, with chance min(1, eta / (1 - e^-sigma')), a fresh
-    draw of x0 noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185). From x ~ p_t such a step, with exact
-    scores, gives each position its marginal. callback(step, x), if given, sees each state from the first (step 0) to
-    the last. ValueError at wrong steps, sampler or prompt.
+    draw of x0, noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185). With exact scores, from x ~ p_t, each
+    position keeps its marginal. callback(step, x) sees each state, the first at step 0. ValueError at wrong options.
     """
     if sampler not in ("tweedie", "euler", "exact") or steps < 1:
         raise ValueError(f"sampler={sampler!r} must be tweedie, euler or exact, and steps={steps} at least 1")
@@ -413,7 +400,6 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
         raise ValueError(f"prompt must be (B, L) tokens below {graph.vocab_size}, or -1 to generate")
     free = prompt < 0
     x = torch.where(free, graph.sample_prior(*prompt.shape, device=prompt.device), prompt)
-    # a model with scores_at makes only those scores that are asked for
     scores_at = getattr(model, "scores_at", lambda x, sigma: model(x, sigma).flatten(0, 1).__getitem__)
     if sampler == "exact":
         states = first_hitting(scores_at, graph, noise, x, top_p)
@@ -463,8 +449,10 @@ class Block(nn.Module):
         super().__init__()
         d = config.n_embd
         self.n_head, self.causal = config.n_head, causal
-        self.norm1, self.norm2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
-        self.attn_qkv, self.attn_out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.norm1 = nn.LayerNorm(d, bias=False)
+        self.norm2 = nn.LayerNorm(d, bias=False)
+        self.attn_qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
         self.dropout = nn.Dropout(config.dropout)
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * d)
@@ -490,6 +478,7 @@ class Transformer(nn.Module):
     """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
 
     causal = False  # whether a position sees only those before it
+    compiled = False
 
     def __init__(self, config):
         super().__init__()
@@ -522,20 +511,18 @@ class Transformer(nn.Module):
 
     # The rest of this class makes the same numbers in less time and memory: no tensor has (B, L, S) entries.
 
-    compiled = False
-
     def loss_of_rows(self, rows, h, *inputs):
-        """block_loss of features h (B, L, n_embd) and inputs (B, L) at rows (R,), places in x.flatten() -> (B, L), 0 at
-        all others. The first two blocks of rows keep their logits for the backward pass; others compute them again.
-        """
+        """block_loss at rows (R,), places in the flattened h (B, L, n_embd) and inputs (B, L) -> (B, L), else 0."""
         head, S, kind, shape = self.output_layer.linear, self.graph.num_states, h.device.type, h.shape[:2]
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         # GPUs multiply faster where sizes are multiples of 8. And an empty block would be compiled anew.
-        W, b = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8)), F.pad(head.bias.to(dtype), (0, -S % 8))
+        W = F.pad(head.weight.to(dtype), (0, 0, 0, -S % 8))
+        b = F.pad(head.bias.to(dtype), (0, -S % 8))
         places = F.pad(rows, (0, 8 - len(rows) % 8))
         h, *inputs = (tensor.flatten(0, 1).index_select(0, places) for tensor in (h, *inputs))
         # compiled, a block needs no memory for what is computed on the way
         size = max(1, rows_at_a_time(h, self.graph) // (8 if self.compiled else 128)) * 8
+        # two blocks of rows keep their logits for the backward pass; others compute them again
         again = partial(checkpoint, self.block_loss, use_reentrant=False, preserve_rng_state=False)
         losses = []
         for i, block in enumerate(zip(*(tensor.split(size) for tensor in (h.to(dtype), *inputs)))):
@@ -544,11 +531,8 @@ class Transformer(nn.Module):
         return losses.new_zeros(shape).flatten().scatter(0, rows, losses).view(shape)
 
     def compile(self):
-        """Compile in place what takes the time: the loss of a block of rows, and the blocks of the trunk, one by one.
-
-        So one compilation serves them all, and DDP can overlap them.
-        """
-        for block in self.blocks:
+        """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
+        for block in self.blocks:  # one by one: one compilation serves them all, and DDP can overlap them
             block.compile()
         # Else two sizes that are equal at the first call would be taken to be equal for ever.
         torch.fx.experimental._config.use_duck_shape = False
@@ -617,10 +601,11 @@ def load_weights(path):
 
 def from_pretrained(path_or_hub_id):
     """The SEDD model (float32, CPU, evaluation mode) in a local folder or a hub repository. Nothing in it can run."""
+    from huggingface_hub import snapshot_download  # pip install -e '.[hub]'
+    from safetensors.torch import load_file
+
     folder = Path(path_or_hub_id)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     published = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape, graph, noise = published["model"], published["graph"]["type"], published["noise"]
@@ -633,18 +618,13 @@ def from_pretrained(path_or_hub_id):
     file = next(folder.glob("model.safetensors"), folder / "pytorch_model.bin")
     if file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
         raise ValueError(f"{file} only says where the weights are: git lfs pull fetches them")
-    if file.suffix == ".bin":
-        model.load_state_dict(load_weights(file))
-    else:
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(file))
+    model.load_state_dict(load_file(file) if file.suffix == ".safetensors" else load_weights(file))
     return model.eval()
 
 
 def save_pretrained(model, folder):
     """Write the model for from_pretrained and the authors' code. ValueError at a baseline, which has no place there."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pip install -e '.[hub]'
 
     config, folder = model.config, Path(folder)
     if config.parameterization != "score":
@@ -671,10 +651,9 @@ Transformer.save_pretrained = save_pretrained
 class D3PM(SEDD):
     """The mean parameterisation, D3PM in continuous time: the network predicts mu(y) = p(x0_i = y | x).
 
-    The score is the expectation under mu of the known ratio p(y | x0) / p(x | x0). All else is SEDD's.
-    Under the absorbing graph, at MASK, it is r mu_y with r = 1 / (e^sigma - 1), and the score entropy becomes
-    r + r (log r - 1) - r log(r mu_x0) = -r log mu_x0. In the loss its weight is dsigma r, under log-linear noise 1 / t:
-    the weighted cross-entropy known as MDLM.
+    The score is the expectation under mu of the known ratio p(y | x0) / p(x | x0). Under the absorbing graph, at MASK,
+    it is r mu_y with r = 1 / (e^sigma - 1), and the score entropy becomes r + r (log r - 1) - r log(r mu_x0) =
+    -r log mu_x0. Its weight in the loss, dsigma r, is 1 / t under log-linear noise: the cross-entropy known as MDLM.
     """
 
     def __init__(self, config):
@@ -700,10 +679,7 @@ class D3PM(SEDD):
 
 
 class GPT(Transformer):
-    """The yardstick: the same blocks, causal, at sigma = 0 always; it predicts each token from those before it.
-
-    Before the first token stands MASK, and so the graph has to have one.
-    """
+    """The yardstick: the same blocks, causal, at sigma = 0; predicts each token from MASK and those before it."""
 
     causal = True  # so that its nll is exact, and no bound
 

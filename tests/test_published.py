@@ -114,12 +114,11 @@ def test_baselines_have_no_place_in_the_format(kind, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_missing_package_is_named(tmp_path, without):
-    without("safetensors.torch", "huggingface_hub")
-    for place, name in (DATA / "absorb", "safetensors"), ("louaaron/sedd-small", "huggingface_hub"):
-        with pytest.raises(ImportError, match=name):
-            SEDD.from_pretrained(place)
-    assert SEDD.from_pretrained(write(tmp_path, *published("absorb"), "pytorch_model.bin"))  # which needs neither
+@pytest.mark.parametrize("package", ["safetensors.torch", "huggingface_hub"])
+def test_a_missing_package_is_named(package, without):
+    without(package)
+    with pytest.raises(ImportError, match=package.split(".")[0]):
+        SEDD.from_pretrained(DATA / "absorb")
 
 
 @pytest.mark.parametrize("place", ["", "no/such/place", "no such\nplace", "a/b/c/d", "\0", str(DATA / "graph.pt")])
