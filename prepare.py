@@ -29,7 +29,7 @@ class Options:
     input: str = ""  # a UTF-8 text, a file or URL, to prepare under this name, which then is any
     tokenizer: str = "bpe"  # BPE learned from the text, char, gpt2, or a prepared folder, whose vocabulary is used
     vocab_size: int = 1024  # tokens that bpe learns, with the 256 single bytes
-    source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
+    source: str = ""  # a folder of parquet, jsonl or txt files (train*, val*, test*) to read instead of the hub
     data_dir: str = "data"  # where the folder NAME goes
 
 
@@ -70,7 +70,7 @@ def learn_bpe(text, vocab_size):
         for i in set(holders.pop(best)):
             word = words[i] = words[i].replace(best, new)
             for x, y in zip(word, word[1:]):
-                if new in (x, y):
+                if x == new or y == new:
                     gained[x + y] += times[i]
                     holders[x + y].append(i)
                     old = (best[1] if x == new else x) + (best[0] if y == new else y)
@@ -198,18 +198,19 @@ def read_rows(name, folder, source):
     datasets.config.TORCH_AVAILABLE = False  # to read text it would load PyTorch, with all of its memory
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the exception
     path, revision, files, splits, rules = HUB[name]
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
     rows, characters, column = Counter(), 0, "sentence" if name == "ptb" else "text"
     try:
-        patterns = {split: [files.format(split)] for split in splits}
-        here = folder or snapshot_download(path, repo_type="dataset", revision=revision,
-                                           allow_patterns=sum(patterns.values(), []))  # fmt: skip
-        root = glob.escape(os.path.abspath(here))  # its name is no pattern
-        if folder:
-            patterns = datasets.data_files.get_data_patterns(root)
-        files = {split: [f"{root}/{pattern}" for pattern in patterns[split]] for split in patterns}
-        found = datasets.load_dataset(here, data_files=files, streaming=True)
-        for split in filter(found.get, splits):
-            blocks = found[split].select_columns(column).iter(2000)
+        root = Path(folder or snapshot_download(path, repo_type="dataset", revision=revision,
+                                                allow_patterns=[files.format(split) for split in splits]))  # fmt: skip
+        for split in splits:
+            found = sorted(root.glob(files.format(split))) or sorted(root.rglob(f"{split[:3]}*"))  # val.txt will do
+            found = [file for file in found if file.suffix in kinds]
+            if not found:
+                continue
+            names = [glob.escape(str(file)) for file in found]  # datasets would take them for patterns
+            table = datasets.load_dataset(kinds[found[0].suffix], data_files=names, split="train", streaming=True)
+            blocks = table.select_columns(column).iter(2000)
             for block in progress(blocks, desc=split, unit=" blocks", delay=1):
                 texts = [detokenize(text, rules) for text in block[column]]
                 characters += len("".join(texts))  # TypeError at what is no text
@@ -222,7 +223,7 @@ def read_rows(name, folder, source):
         fail(f"could not read {source} ({reason}): go online, or give a folder of the same files: "
              f"python prepare.py {name} --source FOLDER")  # fmt: skip
     if not characters:
-        fail(f"{source} has no texts of {' or '.join(splits)}")
+        fail(f"{source} has no texts of {' or '.join(splits)} in parquet, jsonl or txt files of that name")
     for split in rows:
         if splits[split] not in (0, rows[split]):
             print(f"prepare.py: {split} of {source} has {rows[split]:,} rows, not {splits[split]:,}", file=sys.stderr)

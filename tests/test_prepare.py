@@ -571,6 +571,32 @@ def test_folder_that_is_no_prepared_set(meta, tmp_path):
     assert files(tmp_path) == before and not (tmp_path / "data").exists()
 
 
+def test_clone_of_a_repository_is_its_own_configuration_alone(tmp_path, bpe):
+    for number in "2", "103":
+        (tmp_path / "clone" / f"wikitext-{number}-raw-v1").mkdir(parents=True)
+        for split in "train", "validation", "test":
+            table = parquet(tmp_path, text=[f"{split} {number}"])
+            (tmp_path / f"clone/wikitext-{number}-raw-v1/{split}-00000-of-00001.parquet").write_bytes(table)
+    (tmp_path / "clone/README.md").write_text("---\nconfigs:\n- config_name: a\n- config_name: b\n---\n")
+    for number in "2", "103":
+        works(call("prepare.py", f"wikitext{number}", "--source=clone", cwd=tmp_path))
+        _, splits = read(tmp_path / f"data/wikitext{number}")
+        assert splits == {s.replace("validation", "val"): [*bpe(f"{s} {number}"), EOT]
+                          for s in ("train", "validation", "test")}  # fmt: skip
+
+
+def test_folder_of_many_kinds_of_files(tmp_path, bpe):
+    make(tmp_path / "mine", {"train-2": ["two"], "train-1": ["one"]})
+    make(tmp_path / "mine", {"val": ["three"]}, "jsonl")
+    make(tmp_path / "mine/deep", {"test": ["four"]}, "txt")
+    for name in "train.txt.bak", "README.md", ".train.jsonl.swp", "train.idx":
+        (tmp_path / "mine" / name).write_text("none")
+    works(call("prepare.py", "wikitext2", "--source=mine", cwd=tmp_path))
+    _, splits = read(tmp_path / "data/wikitext2")
+    assert splits == {"train": [*bpe("one"), EOT, *bpe("two"), EOT], "val": [*bpe("three"), EOT],
+                      "test": [*bpe("four"), EOT]}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["owt[1]", "owt*", "ow?1", "o{w}t", "[!a]"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_name_of_a_folder_is_no_pattern(name, kind, tmp_path, bpe):
@@ -835,9 +861,9 @@ def test_tokenizer_raises_where_bpe_files_are_missing(tmp_path, monkeypatch):
         ("lm1b --source=numbers", ["could not read numbers", "TypeError", "'int'"]),
         ("owt --source=nulls", ["could not read nulls", "TypeError", "NoneType"]),
         ("lambada --source=trainonly", ["trainonly", "no texts of test"]),
-        ("lm1b --source=nowhere", ["could not read nowhere", "EmptyDatasetError"]),
-        ("lm1b --source=good/test.parquet", ["could not read test.parquet", "EmptyDatasetError"]),
-        ("lm1b --source=empty", ["could not read empty", "EmptyDatasetError"]),
+        ("lm1b --source=nowhere", ["nowhere", "no texts of train or test"]),
+        ("lm1b --source=good/test.parquet", ["test.parquet", "no texts of train or test"]),
+        ("lm1b --source=empty", ["empty", "no texts of train or test", "jsonl"]),
         ("lm1b --source=noise", ["could not read noise", "magic bytes"]),
         ("text8 --source=good", ["of 27 has no character 'A'"]),
         ("text8 --source=none", ["none", "no texts"]),
