@@ -190,7 +190,7 @@ def read_text(path):
 
 
 def read_rows(name, folder, source):
-    """Blocks of a set in its order, each (split, up to BLOCK texts), from the folder or, without one, from the hub.
+    """Blocks of a set in its order, each (split, up to 2,000 texts), from the folder or, without one, from the hub.
 
     From the hub whole files go to its cache first, where the next call finds those that have come.
     """
@@ -207,8 +207,9 @@ def read_rows(name, folder, source):
         root = Path(folder or snapshot_download(path, repo_type="dataset", revision=revision,
                                                 allow_patterns=[files.format(split) for split in splits]))  # fmt: skip
         for split in splits:
-            found = sorted(root.glob(files.format(split))) or sorted(root.rglob(f"{split[:3]}*"))  # val.txt will do
-            found = [file for file in found if file.suffix in kinds]
+            found = sorted(root.glob(files.format(split)))
+            if folder and not found:  # it has other names: val.txt will do
+                found = [file for file in sorted(root.rglob(f"{split[:3]}*")) if file.suffix in kinds]
             if not found:
                 continue
             names = [glob.escape(str(file)) for file in found]  # for datasets takes them for patterns
