@@ -29,7 +29,7 @@ class Options:
     input: str = ""  # a UTF-8 text, a file or URL, to prepare under this name, which then is any
     tokenizer: str = "bpe"  # BPE learned from the text, char, gpt2, or a prepared folder, whose vocabulary is used
     vocab_size: int = 1024  # tokens that bpe learns, with the 256 single bytes
-    source: str = ""  # a folder of parquet, jsonl or txt files (train*, validation*, test*) to read instead of the hub
+    source: str = ""  # a folder of parquet, jsonl or txt files (train*, val*, test*) to read instead of the hub
     data_dir: str = "data"  # where the folder NAME goes
 
 
@@ -52,14 +52,18 @@ def learn_bpe(text, vocab_size):
     found = Counter(match[0] for match in regex.finditer(WORD.replace("+", "{1,100}"), text))  # no word is endless
     times = [*found.values()]
     words = [word.encode().decode("latin-1") for word in found]  # each token is the character of its number
-    seen = Counter()  # how often the text has a pair
     holders = defaultdict(list)  # the words that a pair is in, or was
+    gained = Counter()  # how often the text has a new pair
     for i, word in enumerate(words):
         for pair in map("".join, zip(word, word[1:])):
-            seen[pair] += times[i]
+            gained[pair] += times[i]
             holders[pair].append(i)
-    heap = sorted([(0, ""), *((-n, pair) for pair, n in seen.items())])  # "" ends a text that has no pair
+    seen = Counter()  # how often it has any pair
+    heap = [(0, "")]  # no pair: the end
     for new in map(chr, progress(range(256, vocab_size), desc="learning", unit=" tokens", delay=1)):
+        seen.update(gained)
+        for pair, n in gained.items():
+            heappush(heap, (-n, pair))
         n, best = heappop(heap)
         while -n != seen[best]:  # other merges took some of these pairs: it goes back to its new place
             n, best = heappushpop(heap, (-seen[best], best))
@@ -70,16 +74,13 @@ def learn_bpe(text, vocab_size):
         for i in set(holders.pop(best)):
             word = words[i] = words[i].replace(best, new)
             for x, y in zip(word, word[1:]):
-                if new in (x, y):
+                if x == new or y == new:
                     gained[x + y] += times[i]
                     holders[x + y].append(i)
                     old = (best[1] if x == new else x) + (best[0] if y == new else y)
                     seen[old] -= times[i]
                     if not seen[old]:
                         del seen[old], holders[old]
-        seen.update(gained)
-        for pair, n in gained.items():
-            heappush(heap, (-n, pair))
     return tokens
 
 
@@ -92,7 +93,8 @@ class Tokenizer:
     """
 
     def __init__(self, meta, special=True):
-        self.kind, self.special, self.encoding = meta.get("tokenizer"), "all" if special else set(), None
+        self.kind, self.encoding = meta.get("tokenizer"), None
+        self.special = "all" if special else set()
         if self.kind == "gpt2":
             self.encoding = tiktoken.get_encoding("gpt2")
         elif self.kind == "bpe":
@@ -178,7 +180,7 @@ TOKENIZERS = {"pydocs": "bpe", "shakespeare_char": "char", "text8": "char"}  # a
 
 
 def read_text(path):
-    """The text of a UTF-8 file or URL; of pydocs, the reference that every Python carries for help(): prose and code."""
+    """The text of a UTF-8 file or URL, or what every Python carries for help(): half a megabyte of prose and code."""
     if path == TEXTS["pydocs"]:
         from pydoc_data.topics import topics
 
@@ -188,7 +190,7 @@ def read_text(path):
 
 
 def read_rows(name, folder, source):
-    """Blocks of a set in its order, each (split, up to BLOCK texts), from the folder or, without one, from the hub.
+    """Blocks of a set in its order, each (split, up to 2,000 texts), from the folder or, without one, from the hub.
 
     From the hub whole files go to its cache first, where the next call finds those that have come.
     """
@@ -198,18 +200,21 @@ def read_rows(name, folder, source):
     datasets.config.TORCH_AVAILABLE = False  # to read text it would load PyTorch, with all of its memory
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is in the exception
     path, revision, files, splits, rules = HUB[name]
-    rows, characters, column = Counter(), 0, "sentence" if name == "ptb" else "text"
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
+    column = "sentence" if name == "ptb" else "text"
+    rows, characters = Counter(), 0
     try:
-        patterns = {split: [files.format(split)] for split in splits}
-        here = folder or snapshot_download(path, repo_type="dataset", revision=revision,
-                                           allow_patterns=sum(patterns.values(), []))  # fmt: skip
-        root = glob.escape(os.path.abspath(here))  # its name is no pattern
-        if folder:
-            patterns = datasets.data_files.get_data_patterns(root)
-        files = {split: [f"{root}/{pattern}" for pattern in patterns[split]] for split in patterns}
-        found = datasets.load_dataset(here, data_files=files, streaming=True)
-        for split in filter(found.get, splits):
-            blocks = found[split].select_columns(column).iter(2000)
+        root = Path(folder or snapshot_download(path, repo_type="dataset", revision=revision,
+                                                allow_patterns=[files.format(split) for split in splits]))  # fmt: skip
+        for split in splits:
+            found = sorted(root.glob(files.format(split)))
+            if folder and not found:  # it has other names: val.txt will do
+                found = [file for file in sorted(root.rglob(f"{split[:3]}*")) if file.suffix in kinds]
+            if not found:
+                continue
+            names = [glob.escape(str(file)) for file in found]  # for datasets takes them for patterns
+            table = datasets.load_dataset(kinds[found[0].suffix], data_files=names, split="train", streaming=True)
+            blocks = table.select_columns(column).iter(2000)
             for block in progress(blocks, desc=split, unit=" blocks", delay=1):
                 texts = [detokenize(text, rules) for text in block[column]]
                 characters += len("".join(texts))  # TypeError at what is no text
@@ -222,7 +227,7 @@ def read_rows(name, folder, source):
         fail(f"could not read {source} ({reason}): go online, or give a folder of the same files: "
              f"python prepare.py {name} --source FOLDER")  # fmt: skip
     if not characters:
-        fail(f"{source} has no texts of {' or '.join(splits)}")
+        fail(f"{source} has no texts of {' or '.join(splits)} in parquet, jsonl or txt files of that name")
     for split in rows:
         if splits[split] not in (0, rows[split]):
             print(f"prepare.py: {split} of {source} has {rows[split]:,} rows, not {splits[split]:,}", file=sys.stderr)
@@ -249,8 +254,9 @@ def write(folder, blocks, meta, end):
         for split in "train", "val", "test":
             (folder / f"{split}.bin").unlink(missing_ok=True)
         os.replace(folder / "meta.json.unfinished", folder / "meta.json")
-        for split in sorted(meta["sizes"], key=["test", "val", "train"].index):
-            os.replace(folder / f"{split}.bin.unfinished", folder / f"{split}.bin")
+        for split in "test", "val", "train":
+            if split in meta["sizes"]:
+                os.replace(folder / f"{split}.bin.unfinished", folder / f"{split}.bin")
     finally:
         for file in folder.glob("*.unfinished"):
             file.unlink()
@@ -283,12 +289,14 @@ def main():
             fail(f"tokenizer={tokenizer!r} must be bpe, char, gpt2, or a folder that prepare.py wrote, as data/pydocs")
     try:
         if hub:
-            blocks, alphabet = read_rows(o.name, o.source, source), " abcdefghijklmnopqrstuvwxyz"
+            blocks = read_rows(o.name, o.source, source)
+            alphabet = " abcdefghijklmnopqrstuvwxyz"  # of text8
         else:
             text = read_text(path)
             if len(text.strip()) < 20:
                 fail(f"{source} is empty or short ({len(text)} characters): it takes 20 to leave some for val and test")
-            a, b, alphabet = int(0.9 * len(text)), int(0.95 * len(text)), set(text)
+            alphabet = set(text)
+            a, b = int(0.9 * len(text)), int(0.95 * len(text))
             blocks = ("train", [text[:a]]), ("val", [text[a:b]]), ("test", [text[b:]])
         if tokenizer == "char":
             meta["vocab"] = sorted(alphabet)
