@@ -163,7 +163,7 @@ def test_a_model_that_can_only_draw_mask_is_named(tmp_path):
 
 
 def test_the_newest_checkpoint_under_out_is_taken_and_named(home, tmp_path):
-    complains(call("sample.py", cwd=tmp_path), "sample.py", "'out'")
+    complains(call("sample.py", cwd=tmp_path), "sample.py", "out/", "python train.py")
     (tmp_path / "out").mkdir()
     for age, (folder, kind) in enumerate({".": "score", "a": "mean", "b": "causal"}.items()):
         (tmp_path / "out" / folder).mkdir(exist_ok=True)
