@@ -114,8 +114,8 @@ def main():
 
     x = torch.tensor(prompt, device=device).repeat(o.num_samples, 1)
     batches = x.split(max(1, 16 * 1024 // min(len(prompt), L)))  # tokens that the network sees at a time
-    # A long text is written in pieces. Each begins with the last half of the one before, and has something to write after it.
-    starts = range(0, max(1, len(prompt) - L // 2), L - L // 2)
+    # A long text is written in pieces. Each begins with the last half of the one before, and then has a gap.
+    starts = range(0, len(prompt), L - L // 2)
     pieces = [slice(i, i + L) for i in starts if -1 in prompt[i + L // 2 * (i > 0) : i + L]]
     steps = prompt.count(-1) if model.causal or o.sampler == "exact" else o.steps * len(pieces)
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5)
