@@ -574,8 +574,9 @@ def test_a_flag_takes_a_value_only_after_an_equals_sign(tmp_path):
     ("--height=-1", ["height=-1", "0 or more"]), ("--height -1", ["height=-1"]), ("--depth=nan", ["depth=nan"]),
     ("--depth=-inf", ["depth=-inf"]), ("--depth=-1e-9", ["depth=-1e-09"]), ("--flag=perhaps", ["--flag", "perhaps"]),
     ("--flag=true", ["--flag", "True"]), ("--kind=c", ["--kind", "'a', 'b'"]), ("--flag True", ["True", "options are"]),
-    ("nowhere.py", ["nowhere.py", "--key=value"]), (".", [".", "--key=value"]), ("broken.py", ["broken.py", "SyntaxError"]),
-    ("crash.py", ["crash.py", "ZeroDivisionError"]), ("exit.py", ["exit.py"]), ("unknown.py", ["unknown.py: ", "--hight"]),
+    ("nowhere.py", ["nowhere.py", "--key=value"]), (".", [".", "--key=value"]),
+    ("broken.py", ["broken.py", "SyntaxError"]), ("exit.py", ["exit.py"]),
+    ("crash.py", ["crash.py", "ZeroDivisionError"]), ("unknown.py", ["unknown.py: ", "--hight"]),
     ("below.py", ["below.py: ", "height=-3"]), ("kind.py", ["kind.py: ", "--kind"]), ("good.py --kind=c", ["--kind"]),
     ("latin1.py", ["latin1.py"]),
 ])  # fmt: skip
