@@ -67,8 +67,10 @@ def build_prompt(text, tokenizer, block_size, blank):
 
 
 def judged(texts, x, judge):
-    """The perplexity of texts under a causal model of transformers, which counts as many tokens as it can read, and
-    the entropy, in nats, of how often each token is in a text: x (B, L), mean over the texts.
+    """What there is to say of texts with the tokens x (B, L), in one line.
+
+    The perplexity is that of a causal model of transformers, on all tokens that it can read but the first. The entropy,
+    in nats, is of how often each token is in a text, and the mean over the texts.
     """
     model = judge.model.float()
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -89,8 +91,10 @@ def main():
     o = Options(**given)
     if o.steps < 1 or o.num_samples < 1:
         fail(f"steps={o.steps} and num_samples={o.num_samples} must be at least 1")
-    newest = max(glob.glob("out/**/ckpt.pt", recursive=True), key=os.path.getmtime, default="out/ckpt.pt")
-    start = o.init_from or os.path.dirname(newest)
+    trained = glob.glob("out/**/ckpt.pt", recursive=True)
+    if not (o.init_from or trained):
+        fail("there is no checkpoint below out/: train a model first, python train.py, or say --init_from")
+    start = o.init_from or os.path.dirname(max(trained, key=os.path.getmtime))
     device = find_device(o.device)
     model, checkpoint = load_model(start)
     meta, L = checkpoint["meta"], model.config.block_size
@@ -102,20 +106,21 @@ def main():
     if model.causal and (given.keys() & {"steps", "sampler", "eta"} or max(prompt[prompt.index(-1) :]) >= 0):
         fail(f"{start!r} is a GPT, which writes left to right: no --steps, --sampler, --eta, no text after a gap")
     if o.sampler == "exact" and ("steps" in given or o.eta or model.graph.mask_id is None):
-        fail("sampler='exact' writes a token where MASK is, one a call: no --steps, no --eta, no uniform graph")
+        fail("sampler='exact' turns one MASK into a token a call: no --steps, no --eta, no uniform graph")
     if o.judge:
         from transformers import pipeline
 
-        judge = pipeline("text-generation", o.judge, device=device)  # now, for a wrong name is to cost no texts
+        judge = pipeline("text-generation", o.judge, device=device)  # before the texts: a wrong name costs none
 
     x = torch.tensor(prompt, device=device).repeat(o.num_samples, 1)
     batches = x.split(max(1, 16 * 1024 // min(len(prompt), L)))  # tokens that the network sees at a time
-    # A long text is written in pieces. Each begins with the last half of the one before, and has a gap beyond.
-    starts = range(0, max(1, len(prompt) - L // 2), L - L // 2)
+    # A long text is written in pieces. Each begins with the last half of the one before, and then has a gap.
+    starts = range(0, len(prompt), L - L // 2)
     pieces = [slice(i, i + L) for i in starts if -1 in prompt[i + L // 2 * (i > 0) : i + L]]
     steps = prompt.count(-1) if model.causal or o.sampler == "exact" else o.steps * len(pieces)
     bar = progress(total=steps * len(batches), unit="step", leave=False, delay=0.5)
-    texts, watch = [], o.watch and sys.stdout.isatty()
+    watch = o.watch and sys.stdout.isatty()
+    texts = []
 
     def show(step, part):
         bar.update(step > 0)
@@ -138,8 +143,7 @@ def main():
                 bar.clear()
             if batch.max() >= tokenizer.vocab_size:  # MASK
                 fail(f"the model in {start!r} has diverged: train with a lower --learning_rate")
-            for tokens in batch.tolist():
-                text = tokenizer.decode(tokens)
+            for text in map(tokenizer.decode, batch.tolist()):
                 print("\n" + "-" * 80 + "\n" if texts else CLEAR * watch, end="")
                 print(UNSAFE.sub("\ufffd", text) if sys.stdout.isatty() else text, flush=True)
                 texts.append(text)

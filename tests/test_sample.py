@@ -163,7 +163,7 @@ def test_a_model_that_can_only_draw_mask_is_named(tmp_path):
 
 
 def test_the_newest_checkpoint_under_out_is_taken_and_named(home, tmp_path):
-    complains(call("sample.py", cwd=tmp_path), "sample.py", "'out'")
+    complains(call("sample.py", cwd=tmp_path), "sample.py", "out/", "python train.py")
     (tmp_path / "out").mkdir()
     for age, (folder, kind) in enumerate({".": "score", "a": "mean", "b": "causal"}.items()):
         (tmp_path / "out" / folder).mkdir(exist_ok=True)
@@ -192,6 +192,13 @@ def test_the_text_and_one_line_of_what_made_it(home):
     done = works(call("sample.py", "--init_from=score", "--sampler=exact", "--prompt=once{36}", cwd=home))
     assert re.fullmatch(r"1 text of 40 tokens in .* s: 36 steps of exact, model from score\n", done.stderr)
     assert done.stdout.startswith("once") and len(done.stdout) == 41
+
+
+def test_what_made_the_text_stands_below_it(home):
+    """Also in a file that gets both."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--init_from=score", "--steps=2", "--prompt=abc{3}"]
+    done = quick.run(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert re.fullmatch("abc(?s:...)\n1 text of 6 tokens .*\n", done.stdout)
 
 
 # --------------------------------------------------------------------------------------- many texts, and long ones
@@ -313,7 +320,8 @@ ANY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health
 TYPED = st.text(st.sampled_from("ab{} 09é日") | st.characters() | st.characters(categories=["Cs"]), max_size=12)
 KNOWN, GAPS = st.text(st.sampled_from(VOCAB), max_size=8), st.integers(-1, 40).map("{{{}}}".format)
 TEXTS = TYPED.map(lambda text: text.replace("\0", "")) | KNOWN
-PROMPTS = st.lists(TEXTS | GAPS, max_size=6) | st.lists(KNOWN | st.sampled_from(["{1}", "{5}", "{}", "{{", "}}"]), max_size=6)
+MARKS = st.sampled_from(["{1}", "{5}", "{}", "{{", "}}"])
+PROMPTS = st.lists(TEXTS | GAPS, max_size=6) | st.lists(KNOWN | MARKS, max_size=6)
 
 
 def reading(prompt):
@@ -332,9 +340,11 @@ def reading(prompt):
 
 def test_how_a_prompt_is_read():
     for prompt, texts, gaps in [
-        ("", ["", ""], [""]), ("a b", ["a b", ""], [""]), ("a{}b", ["a", "b"], [""]), ("{7}{8}a", ["", "", "a"], ["7", "8"]),
+        ("", ["", ""], [""]), ("a b", ["a b", ""], [""]), ("a{}b", ["a", "b"], [""]),
+        ("{7}{8}a", ["", "", "a"], ["7", "8"]),
         ("{{5}}", ["{5}", ""], [""]), ("{{{5}}}", ["{", "}"], ["5"]), ("{{{{}}}}", ["{{}}", ""], [""]),
-        ("f(){", ["f(){", ""], [""]), ("}{2}{", ["}", "{"], ["2"]), ("{abc}{-1}{ 2}{٣}{1", ["{abc}{-1}{ 2}{٣}{1", ""], [""]),
+        ("f(){", ["f(){", ""], [""]), ("}{2}{", ["}", "{"], ["2"]),
+        ("{abc}{-1}{ 2}{٣}{1", ["{abc}{-1}{ 2}{٣}{1", ""], [""]),
         ("{5}}}", ["", "}"], ["5"]), ("{}}", ["", "}"], [""]), ("{007}", ["", ""], ["007"]),
     ]:  # fmt: skip
         assert reading(prompt) == (texts, gaps)
@@ -355,6 +365,8 @@ class Letters:
 @example(["{" + "9" * 5000 + "}"])
 @example(["{0}", "a\r\n\t", "{2}"])
 @example(["{1000000}", "a", "{1}"])
+@example(["{}", "a", "{}"])
+@example(["{31}", "a", "{}"])
 @given(PROMPTS)
 @ANY
 def test_any_prompt(home, pieces):
@@ -394,7 +406,8 @@ def test_any_prompt_in_byte_pairs(home, pieces):
 @needs_bpe
 @pytest.mark.parametrize("prompt, kept", [
     ("The {3} is used", [464, -1, -1, -1, 318, 973]), ("The{3} is used", [464, -1, -1, -1, 318, 973]),
-    ("The  {2}", [464, 220, -1, -1]), (" {1} {2} a", [-1, -1, -1, 257]), ("The\n{1}\n {1} ", [464, 198, -1, 198, -1, 220]),
+    ("The  {2}", [464, 220, -1, -1]), (" {1} {2} a", [-1, -1, -1, 257]),
+    ("The\n{1}\n {1} ", [464, 198, -1, 198, -1, 220]),
     ("The {29}{} ", [464] + [-1] * 30 + [220]), ("The ", [464] + [-1] * 31), ("{{ {1} }}", [90, -1, 1782]),
 ])  # fmt: skip
 def test_one_blank_before_a_gap_belongs_to_the_gap(home, generated, prompt, kept):
@@ -622,7 +635,9 @@ def test_a_bar_counts_the_steps_of_all_texts_and_is_gone_when_they_come(home):
     assert len(texts) == 1024 and len(first) == 48 and last[48:].startswith("\n1024 texts of 48") and "%|" not in last
 
 
-@pytest.mark.parametrize("model, how", [("causal", "--top_p=1"), ("score", "--sampler=exact"), ("uniform", "--steps=9")])
+@pytest.mark.parametrize(
+    "model, how", [("causal", "--top_p=1"), ("score", "--sampler=exact"), ("uniform", "--steps=9")]
+)
 def test_a_bar_ends_at_its_total(model, how, home, monkeypatch):
     seen = []
     monkeypatch.setattr(config, "tqdm", lambda *args, **more: seen.append(tqdm(*args, **more)) or seen[-1])
@@ -642,7 +657,8 @@ def test_a_text_breaks_no_terminal_and_a_pipe_gets_it_whole(tmp_path):
     args = "--init_from=wild", "--steps=1", "--prompt=a\x1b2\x07{2}"
     assert write(tmp_path, *args).startswith("a\x1b2\x07")
     terminal = Terminal(tmp_path, "--watch=False", *args)
-    assert terminal.end() == 0 and terminal.written.lstrip("\r").startswith("a\ufffd2\ufffd") and "\x1b" not in terminal.written
+    assert terminal.end() == 0 and "\x1b" not in terminal.written
+    assert terminal.written.lstrip("\r").startswith("a\ufffd2\ufffd")
 
 
 def test_letters_that_a_locale_lacks(tmp_path):

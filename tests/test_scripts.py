@@ -573,27 +573,28 @@ def test_a_flag_takes_a_value_only_after_an_equals_sign(tmp_path):
     assert parse(New, "--flag", "x", positional="name") == {"flag": True, "name": "x"}
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--heigth=3"], ["--heigth=3", "--help"]), (["--hei=3"], ["--hei=3"]), (["--height"], ["--height", "expected one"]),
-    (["--height=x"], ["--height", "int", "'x'"]), (["--height=1.5"], ["--height", "int", "'1.5'"]),
-    (["--height=-1"], ["height=-1", "0 or more"]), (["--height", "-1"], ["height=-1"]), (["--depth=nan"], ["depth=nan"]),
-    (["--depth=-inf"], ["depth=-inf"]), (["--depth=-1e-9"], ["depth=-1e-09"]), (["--flag=perhaps"], ["--flag", "perhaps"]),
-    (["--flag=true"], ["--flag", "True"]), (["--kind=c"], ["--kind", "'a', 'b'"]), (["--flag", "True"], ["True", "options are"]),
-    (["nowhere.py"], ["nowhere.py", "--key=value"]), (["."], [".", "--key=value"]), (["broken.py"], ["broken.py", "SyntaxError"]),
-    (["crash.py"], ["crash.py", "ZeroDivisionError"]), (["exit.py"], ["exit.py"]), (["unknown.py"], ["unknown.py: ", "--hight"]),
-    (["below.py"], ["below.py: ", "height=-3"]), (["kind.py"], ["kind.py: ", "--kind"]), (["good.py", "--kind=c"], ["--kind"]),
-    (["latin1.py"], ["latin1.py"]),
+@pytest.mark.parametrize("line, words", [
+    ("--heigth=3", ["--heigth=3", "--help"]), ("--hei=3", ["--hei=3"]), ("--height", ["--height", "expected one"]),
+    ("--height=x", ["--height", "int", "'x'"]), ("--height=1.5", ["--height", "int", "'1.5'"]),
+    ("--height=-1", ["height=-1", "0 or more"]), ("--height -1", ["height=-1"]), ("--depth=nan", ["depth=nan"]),
+    ("--depth=-inf", ["depth=-inf"]), ("--depth=-1e-9", ["depth=-1e-09"]), ("--flag=perhaps", ["--flag", "perhaps"]),
+    ("--flag=true", ["--flag", "True"]), ("--kind=c", ["--kind", "'a', 'b'"]), ("--flag True", ["True", "options are"]),
+    ("nowhere.py", ["nowhere.py", "--key=value"]), (".", [".", "--key=value"]),
+    ("broken.py", ["broken.py", "SyntaxError"]), ("exit.py", ["exit.py"]),
+    ("crash.py", ["crash.py", "ZeroDivisionError"]), ("unknown.py", ["unknown.py: ", "--hight"]),
+    ("below.py", ["below.py: ", "height=-3"]), ("kind.py", ["kind.py: ", "--kind"]), ("good.py --kind=c", ["--kind"]),
+    ("latin1.py", ["latin1.py"]),
 ])  # fmt: skip
-def test_wrong_options_get_one_line(argv, words, tmp_path, monkeypatch, capsys):
-    for name, text in {"broken": "width = = 2", "crash": "1 / 0", "exit": "exit(3)", "unknown": "hight = 2", "good": "width = 3",
-                       "below": "height = -3", "kind": "kind = 'c'"}.items():  # fmt: skip
+def test_wrong_options_get_one_line(line, words, tmp_path, monkeypatch, capsys):
+    for name, text in {"broken": "width = = 2", "crash": "1 / 0", "exit": "exit(3)", "unknown": "hight = 2",
+                       "good": "width = 3", "below": "height = -3", "kind": "kind = 'c'"}.items():  # fmt: skip
         (tmp_path / f"{name}.py").write_text(text)
     (tmp_path / "latin1.py").write_bytes(b"name = 'caf\xe9'")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["new.py"])
     with pytest.raises(SystemExit) as end:
-        parse(New, *argv)
-    complains(CompletedProcess(argv, end.value.code, *capsys.readouterr()), "new.py", *words)
+        parse(New, *line.split())
+    complains(CompletedProcess(line, end.value.code, *capsys.readouterr()), "new.py", *words)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda path: path.name)
