@@ -118,7 +118,7 @@ def join_processes(name, device):
     store, _, _ = next(dist.rendezvous("env://"))
     if agent:  # this store outlives a restart, with the keys of the processes that have died
         store = dist.PrefixStore(f"start {environment['TORCHELASTIC_RESTART_COUNT']}", store)
-    shared = ":" in name and environment.get("LOCAL_WORLD_SIZE") != "1"
+    shared = ":" in name and environment.get("LOCAL_WORLD_SIZE", "1") != "1"
     backend, own_card = ("nccl", device) if device.type == "cuda" and not shared else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10),
                             device_id=own_card)  # fmt: skip
@@ -143,7 +143,7 @@ def can_compile(device):
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def training_attention(device):
@@ -290,7 +290,7 @@ class State:
         self.optimizers = {"adamw": adamw}
         if matrices:
             self.optimizers["muon"] = Muon([*matrices], 0.0, o.weight_decay)
-            self.optimizers["muon"].dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+            self.optimizers["muon"].dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     def update(self, lr, ema):
         """One step of the optimisers, along the gradients that backward has left, and of the average."""
@@ -347,7 +347,7 @@ def evaluate(model, data, o, device, dtype, name):
     """
     tokens, L = data.splits[o.eval_split], o.block_size
     total = len(tokens) // L
-    rows = np.unique(np.linspace(0, total - 1, o.eval_sequences or total).astype(int))
+    rows = np.unique(np.linspace(0, total - 1, o.eval_sequences or total).astype(np.int64))
     bounds = torch.zeros(len(rows), device=device)
     batches = range(RANK, math.ceil(len(rows) / 16), WORLD)
     for k in progress(batches, unit="batch", leave=False, delay=5, disable=RANK > 0):
@@ -415,7 +415,7 @@ class Output:
             self.stream.flush()
         except OSError as error:
             if error.errno != errno.ENOSPC:  # a full disk costs some words
-                self.stream = open(os.devnull, "w")
+                self.stream = open(os.devnull, "w", encoding="utf-8")
                 self.caught.append(1)  # SIGHUP, for which Windows has no name
 
     flush = write
@@ -471,8 +471,10 @@ def main():
     device = find_device(named)
     if {"RANK", "WORLD_SIZE"} & os.environ.keys():
         join_processes(named, device)
+    elif any(int(os.environ.get(key, 1)) > 1 for key in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        fail("srun or mpirun has started several processes, each of which would train alone: start them with torchrun")
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # process 0 speaks for all
     o, trained, checkpoint, resume = begin(given, device)
     may_be_0 = "micro_batch_size", "warmup_steps", "eval_sequences", "seed"
     if zero := [k for k, v in asdict(o).items() if type(v) is int and v == 0 and k not in may_be_0]:

@@ -7,6 +7,7 @@ With --device=cpu --tiny the script itself can be tried out; what only CUDA can 
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -248,7 +249,7 @@ def training(a, folder, device, out, steps, *args, **how):
     return launch(a, device, folder, out, ROOT / "train.py", *args, **how)
 
 
-def finish(process, folder, out, seconds=240):
+def finish(process, folder, out, seconds=500):
     """Wait for its end, which must be a good one; what it has said."""
     try:
         status, said = process.wait(timeout=seconds), (folder / f"{out}.txt").read_text()
@@ -398,7 +399,7 @@ def failing(a, device, folder):
 def restart(a, device, folder):
     """One process is killed, and torchrun starts all again: from which step it goes on."""
     process = training(a, folder, device, "restart", 10**6, "--save_interval=3", "--init_from=auto", restarts=1)
-    checkpoint = folder / "restart/ckpt.pt"
+    checkpoint, log = folder / "restart/ckpt.pt", folder / "restart/log.jsonl"
     try:
         wait_for(checkpoint.exists, process, folder, "restart", 200)
         before = children(process)
@@ -411,7 +412,7 @@ def restart(a, device, folder):
         wait_for(lambda: len(starts()) == 2, process, folder, "restart", 120)
         step = starts()[1]
         assert int(step) >= 3, f"started again at step {step}"
-        wait_for(lambda: log_of(folder, "restart")[-1]["step"] > int(step), process, folder, "restart", 120)
+        wait_for(lambda: '"loss"' in log.read_text().split('"options"')[-1], process, folder, "restart", 120)
         return f"went on from step {step}"
     finally:
         end(process)
@@ -462,6 +463,9 @@ def main():
             began, several = time.monotonic(), name in SEVERAL
             if name == "waits" and device.type != "cuda":
                 continue
+            gc.collect()  # a compiled model is a cycle, and other processes need its memory
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             try:
                 found = globals()[name](a, device, *([Path(folder)] if several else []))
             except Exception as error:  # one fault is not to hide the others

@@ -300,7 +300,9 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # a loca
 
 
 def test_pipes_get_every_letter_in_any_locale(home):
-    done = works(run("train.py", *TINY, "--max_steps=1", "--out_dir=ascii", cwd=home, **ASCII))
+    """Two processes, one of which speaks into nothing."""
+    launcher = [*TORCHRUN, "--nproc-per-node=2"]
+    done = works(run("train.py", *TINY, "--max_steps=1", "--out_dir=ascii", cwd=home, launcher=launcher, **ASCII))
     assert " ± " in done.stdout and " ≤ " in done.stdout
 
 

@@ -95,6 +95,15 @@ def test_a_start_without_torchrun_is_named(home, monkeypatch, given, missing):
     complains(call("train.py", *TINY, cwd=home), f"{prefix}train.py", f"{missing} is not set", "torchrun")
 
 
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_many_that_do_not_know_of_each_other_are_refused(home, monkeypatch, variable):
+    """srun and mpirun without torchrun: all would write one checkpoint."""
+    monkeypatch.setenv(variable, "8")
+    complains(call("train.py", *TINY, cwd=home), "train.py", "srun or mpirun", "torchrun")
+    monkeypatch.setenv(variable, "1")
+    works(call("train.py", *TINY, "--max_steps=1", "--eval_interval=9", "--out_dir=alone", cwd=home))
+
+
 def test_processes_that_know_no_card_of_theirs_are_refused(home, monkeypatch):
     """As under srun and mpirun: all would take the first."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
