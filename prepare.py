@@ -26,8 +26,8 @@ class Options:
     """Prepare a data set for train.py. Example: python prepare.py mytext --input notes.txt --tokenizer gpt2"""
 
     name: str = "pydocs"  # or shakespeare_char, owt, text8, wikitext2, wikitext103, ptb, lambada, lm1b
-    input: str = ""  # a UTF-8 text, a file or URL, to prepare under this name, which then is any
-    tokenizer: str = "bpe"  # BPE learned from the text, char, gpt2, or a prepared folder, whose vocabulary is used
+    input: str = ""  # a UTF-8 text file or URL to prepare, under any name
+    tokenizer: str = "bpe"  # bpe (learned from the text), char, gpt2, or a prepared folder, to use its vocabulary
     vocab_size: int = 1024  # tokens that bpe learns, with the 256 single bytes
     source: str = ""  # a folder of parquet, jsonl or txt files (train*, val*, test*) to read instead of the hub
     data_dir: str = "data"  # where the folder NAME goes

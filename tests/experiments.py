@@ -1,4 +1,4 @@
-"""Four systems on the same work: python tests/experiments.py train|quality|samplers|infill|draw|tables
+"""Four systems on the same work: python tests/experiments.py train|quality|samplers|confident|infill|draw|tables
 
 SEDD Absorb, SEDD Uniform, D3PM and GPT (config/absorb.py and so on) on tiny Shakespeare by characters, with equal
 tokens, optimisers and parameters (of which a sixth gives GPT, without noise, constants only). Run
@@ -9,20 +9,23 @@ train     every training: for each system the best of three learning rates, chos
           The better times of each, and its rate, train one model on pydocs too.
 quality   64 samples of each system, judged by a GPT of another seed, for 8 to 512 network calls, with seconds.
 samplers  32 samples of each of three seeds, absorbing and uniform, by each sampler, with and without eta and top_p.
+confident 32 samples of each of three seeds, absorbing, by README's new sampler and by Tweedie steps.
 infill    hidden parts of held-out passages, written again.
 draw      the pictures, in assets/.
 tables    the tables of assets/experiments/README.md, and last the short one of README.md.
 
 Stopped at any moment, each command goes on where it was: what is finished is in assets/experiments/. The weights stay
-in out/experiments/; those that quality, samplers, infill and draw need and do not find, they train first.
+in out/experiments/; those that quality, samplers, confident, infill and draw need and do not find, they train first.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +53,7 @@ SAMPLED = [("absorb", "tweedie"), ("uniform", "tweedie"), ("uniform", "euler"), 
 BEYOND = [("absorb", "tweedie", 0.0), ("absorb", "tweedie", 0.05), ("absorb", "exact", 0.0),
           ("uniform", "tweedie", 0.0), ("uniform", "tweedie", 0.05)]  # fmt: skip
 BEYOND_CALLS, TOP_P = (16, 64, 256), (1.0, 0.9)
+CONFIDENT = [*itertools.product(("tweedie", "confident"), (16, 64, 128))]  # sampler, calls
 PLACES = "middle", "prefix", "suffix", "scattered"
 lock = threading.Lock()  # the random state is the process's
 
@@ -80,6 +84,19 @@ def put(path, text):
     os.replace(RESULTS / f"{path}.partial", RESULTS / path)
 
 
+def records_of(out):
+    """The lines of a log.jsonl but for those of its starts, each of which voids earlier lines of later steps."""
+    records = []
+    for line in (out / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # blank, or cut off by a kill
+            record = json.loads(line)
+            if "options" in record:
+                records = [earlier for earlier in records if earlier["step"] <= record["step"]]
+            else:
+                records.append(record)
+    return records
+
+
 def log_of(*run):
     """The lines of a finished run, of which the last has the test split's bound; none before."""
     return read(f"{name_of(*run)}.jsonl")
@@ -105,14 +122,13 @@ def run_training(system, rate, seed, steps, dataset="shakespeare_char", weights=
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     if log_of(*run):
         return
-    with open(out / "log.jsonl") as log:
-        lines = "".join(line for line in log if '"options"' not in line)  # these name folders of this machine
+    records = records_of(out)
     if steps != SEARCH:
         with lock:
             bound, error = test_bound(out, dataset)
-        lines += json.dumps({"test": bound, "test_error": error}) + "\n"
-    put(f"{out.name}.jsonl", lines)
-    print(f"{out.name}: {lines.splitlines()[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
+        records.append({"test": bound, "test_error": error})
+    put(f"{out.name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    print(f"{out.name}: {records[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def unfinished(out, steps):
@@ -273,6 +289,35 @@ def samplers(a):
         measured("samplers.jsonl", run | {"model": model_of(run["system"], seed)}, sampled)
 
 
+def forked_sampler():
+    """The sampler that README.md adds to sedd.py, as it stands there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def confident.*?)```", readme, re.DOTALL)
+    names = dict(vars(sedd))
+    exec(code, names)
+    return names["confident"]
+
+
+def confident(a):
+    judge, states_of = load("gpt", SEEDS[1]), forked_sampler()
+    nothing, device = torch.full((32, judge.config.block_size), -1), torch.device("cpu")
+    for seed, (sampler, steps) in itertools.product(SEEDS, CONFIDENT):
+
+        def sampled():
+            model = load("absorb", seed)
+            torch.manual_seed(0)
+            if sampler == "tweedie":
+                x = written(model, nothing, steps)
+            else:
+                masks = torch.full_like(nothing, model.graph.mask_id)
+                with torch.no_grad(), autocast(device, find_dtype("auto", device)):
+                    *_, x = states_of(model.scores_at, model.graph, model.noise, masks, steps, 1.0)
+            return judged(judge, x) | {"entropy": entropy(x)}
+
+        key = {"sampler": sampler, "steps": steps, "model": model_of("absorb", seed)}
+        measured("confident.jsonl", key, sampled)
+
+
 def infill(a):
     judge, (corpus, _) = load("gpt", SEEDS[1]), data("test")
     L = judge.config.block_size
@@ -312,7 +357,8 @@ def title_of(name, sampler):
 def draw_samplers(plt, save):
     """Perplexity against calls of `samplers`: a panel for each graph, a line for each way to sample."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for (name, title), mine in itertools.groupby(across_seeds(), lambda run: (run["system"], beyond_title(run))):
+    runs = across_seeds("samplers.jsonl", beyond())
+    for (name, title), mine in itertools.groupby(runs, lambda run: (run["system"], beyond_title(run))):
         steps, perplexities, spreads = zip(*((run["steps"], run["perplexity"], run["spread"]) for run in mine))
         colour = "C3" if "eta" in title else "C2" if "exact" in title else "C0"
         axes[int(name == "uniform")].errorbar(steps, perplexities, spreads, color=colour, marker=".", capsize=2,
@@ -399,10 +445,10 @@ def beyond_title(run):
     return run["sampler"] + eta + top_p
 
 
-def across_seeds():
-    """The runs of `samplers`, each with mean and standard deviation of the perplexity, and mean entropy, over seeds."""
-    lines, runs = measurements("samplers.jsonl"), []
-    for run in beyond():
+def across_seeds(path, given):
+    """The runs given, each with mean and standard deviation of the perplexity, and mean entropy, over seeds."""
+    lines, runs = measurements(path), []
+    for run in given:
         mine = [line for line in lines if run.items() <= line.items()]
         if len(mine) > 1:
             found = [line["perplexity"] for line in mine]
@@ -450,9 +496,15 @@ def tables(a):
 
     rows = [[TITLES[r["system"]], beyond_title(r), r["steps"],
              f"{r['perplexity']:.1f} ± {r['spread']:.1f}", f"{r['entropy']:.2f}", r["seeds"]]
-            for r in across_seeds()]  # fmt: skip
+            for r in across_seeds("samplers.jsonl", beyond())]  # fmt: skip
     if rows:
         table(["system", "sampler", "calls", "perplexity", "entropy", "seeds"], rows)
+
+    runs = [{"sampler": sampler, "steps": steps} for sampler, steps in CONFIDENT]
+    rows = [[r["sampler"], r["steps"], f"{r['perplexity']:.1f} ± {r['spread']:.1f}", f"{r['entropy']:.2f}", r["seeds"]]
+            for r in across_seeds("confident.jsonl", runs)]  # fmt: skip
+    if rows:
+        table(["sampler", "calls", "perplexity", "entropy", "seeds"], rows)
 
     found = {(r["system"], r.get("where")): r for r in measurements("infill.jsonl")}
     for name, digits in ("perplexity", 2), ("match", 3):
@@ -473,7 +525,7 @@ def tables(a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (train, quality, samplers, infill, draw, tables)}
+    commands = {f.__name__: f for f in (train, quality, samplers, confident, infill, draw, tables)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings side by side, a core each")
     a = parser.parse_args()

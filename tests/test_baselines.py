@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 import sedd
 from sedd import D3PM, GPT, MODELS, SEDD, SEDDConfig, diffusion_loss, nll_bound, sample
+from test_sedd import Largest, allow
 from test_theory import PAIR, ROW, Oracle, all_graphs, sequences
+from walk import Walk
 
 both_names = pytest.mark.parametrize("name", ["absorb", "uniform"])
 
@@ -94,9 +96,45 @@ def test_all_four_have_the_same_parameters():
     assert max(counts) < 1.02 * min(counts)
 
 
-def test_a_graph_that_a_baseline_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="graph='uniform'"):
-        random_model("causal", "uniform")
+@pytest.mark.parametrize("kind, graph, noise", [("causal", "uniform", "loglinear"), ("causal", "walk", "loglinear"),
+                                                ("mean", "walk", "loglinear"), ("mean", "uniform", "geometric")])  # fmt: skip
+def test_a_graph_that_a_baseline_cannot_learn_is_refused(kind, graph, noise, monkeypatch):
+    """In one line. (Means under uniform and geometric noise: a step from sigma = 15 was off by a total variation of 0.4.)"""
+    monkeypatch.setitem(sedd.GRAPHS, "walk", Walk)
+    with pytest.raises(ValueError, match=f"graph='{graph}'") as error:
+        MODELS[kind](SEDDConfig(7, 12, 2, 2, 32, 16, 0.0, graph, noise, kind))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_means_know_geometric_noise_under_masks():
+    assert D3PM(SEDDConfig(7, 12, 2, 2, 32, 16, 0.0, "absorb", "geometric", "mean"))
+
+
+@pytest.mark.parametrize("scores", [2**25, 16 * 200, 1])  # one block, some, one of 8 rows each
+def test_gpt_pays_the_cross_entropy_of_all_its_logits(scores, monkeypatch):
+    """Its value and its gradients, to 1e-5: two blocks keep their logits, others compute them again."""
+    allow(monkeypatch, scores)
+    model, x0 = random_model("causal"), torch.randint(7, (8, 12))
+    logits = model.output_layer.linear(model.trunk(F.pad(x0[:, :-1], (1, 0), value=7), torch.zeros(8)))[..., :7]
+    expected = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")
+    torch.testing.assert_close(model(x0), expected, rtol=1e-5, atol=1e-6)
+    weight, parameters = torch.rand(8, 12), [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad((weight * nll).sum(), parameters) for nll in (model(x0), expected))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+def test_gpt_holds_no_tensor_of_the_whole_vocabulary(monkeypatch):
+    """Neither in training nor when it writes, where it needs the logits of the last position alone."""
+    allow(monkeypatch, scores := 2**20)
+    model, x0 = random_model("causal", vocab_size=20_000), torch.randint(20_000, (16, 64))
+    with Largest() as seen:
+        model(x0).sum().backward()
+    assert seen.size <= scores < x0.numel() * 20_000 / 4
+    prompt = x0.clone()
+    prompt[:, -1] = -1
+    with Largest() as seen:
+        model.generate(prompt)
+    assert seen.size <= 20_001 * 32  # of the weight of the head, and 16 x 20,000 logits
 
 
 def test_gpt_is_a_distribution_over_sequences():

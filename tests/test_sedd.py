@@ -482,22 +482,24 @@ def test_head_and_loss_are_few_launches(tmp_path):
     assert (50_264, 8) in sizes and all(width % 8 == 0 for size in sizes for width in size)
 
 
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
 @both_names
 def test_training_path_holds_no_tensor_of_the_whole_vocabulary(name, monkeypatch):
     """No operation, forward or backward, makes a tensor of as many entries as (B, L, S).
 
     And together they never hold more than six blocks of scores.
     """
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                self.size = max(self.size, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-            return out
-
     allow(monkeypatch, scores := 2**21)
     S = 20_000
     model = random_model(name, vocab_size=S)
@@ -519,6 +521,24 @@ def test_the_bound_is_the_same_for_any_number_of_sequences_at_a_time(name, monke
         bounds.append(sedd.nll_bound(model, model.graph, GeometricNoise(), x0, num_times=2))
     for bound in bounds[1:]:
         torch.testing.assert_close(bound, bounds[0])
+
+
+@pytest.mark.parametrize("graph", [Absorbing(50_257), Uniform(50_257)])
+def test_every_device_holds_some_rows_at_a_time(graph):
+    assert sedd.rows_at_a_time(torch.empty(3), graph) == sedd.rows_at_a_time(torch.empty(3, device="meta"), graph) == 667
+    assert sedd.rows_at_a_time(torch.empty(3), Uniform(2**26)) == 1
+
+
+@pytest.mark.parametrize("sampler", ["tweedie", "exact"])
+def test_samples_are_the_same_for_any_number_of_places_at_a_time(sampler, monkeypatch):
+    """The likeliest token of each place, for with top_p = 0 nothing is left to chance."""
+    graph, table, texts = Absorbing(11), torch.randn(4, 16, 12), []
+    model = lambda x, sigma: table.scatter(-1, x[..., None], 0.0)
+    for scores in 2**25, 12 * 2 * 9, 1:
+        allow(monkeypatch, scores)
+        torch.manual_seed(0)
+        texts.append(sample(model, graph, LogLinearNoise(), blank(4, 16), 1, sampler, top_p=0.0))
+    assert all(x.equal(table[..., :11].argmax(-1)) for x in texts)
 
 
 @both_names
