@@ -68,7 +68,9 @@ def launch(home, *args, launcher=(), script=ROOT / "train.py", **more):
 def wait_for(condition, process, seconds=60):
     until = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            pytest.fail(str(process.communicate()))
         time.sleep(0.01)
 
 
