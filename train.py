@@ -179,8 +179,10 @@ def load_model(start):
             fail(f"there is no checkpoint {path}: train one first, python train.py --out_dir={path.parent}")
         try:
             model = SEDD.from_pretrained(start)
-        except (ImportError, ValueError) as error:
-            fail(error)
+        except Exception as error:  # each layer, from the hub to the tensors, has its own
+            install = ": pip install -e '.[hub]'" if isinstance(error, ImportError) else ""
+            fail(f"{start!r} is no run, and no folder or hub repository with a model: {type(error).__name__}: "
+                 f"{str(error)[:300]}{install}")
         V = model.config.vocab_size
         return model, {"meta": {"vocab_size": V} | ({"tokenizer": "gpt2"} if V == 50257 else {})}
     try:
