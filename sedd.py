@@ -436,7 +436,7 @@ class SEDDConfig:
     parameterization: str = "score"  # or mean, or causal: the baselines of section 7
 
     def __post_init__(self):
-        if self.n_embd % (2 * self.n_head):
+        if not self.n_head or self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head} into heads of even width")
         if self.parameterization == "causal" and self.graph != "absorb":
             raise ValueError(f"graph={self.graph!r} has no MASK, with which parameterization='causal' begins a text")
@@ -475,7 +475,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """From tokens and noise to features, whatever is made of them. The config also says which `graph` and `noise`."""
+    """From tokens and noise to features, of which a subclass makes a `block_loss`. The config names graph and noise."""
 
     causal = False  # whether a position sees only those before it
     compiled = False

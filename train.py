@@ -235,7 +235,8 @@ def load_model(start):
         checkpoint = load_weights(path)
         config, average = SEDDConfig(**checkpoint["config"]), checkpoint["ema"]
     except Exception as error:  # what is missing or damaged shows in many ways
-        fail(f"{start} has no model that this version can load ({type(error).__name__}: {str(error)[:300]})")
+        hint = ": pip install -e '.[hub]'" if isinstance(error, ImportError) else ""
+        fail(f"{start} has no model that this version can load ({type(error).__name__}: {str(error)[:300]}){hint}")
     model = MODELS[config.parameterization](config)
     try:
         model.load_state_dict(average)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from sedd import D3PM, GPT, SEDD, SEDDConfig
 
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -135,6 +136,27 @@ def test_a_pointer_of_git_lfs_is_told_from_weights(file, tmp_path):
     oid = "0" * 64
     (tmp_path / file).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 678000000\n")
     refused(tmp_path, file, "git lfs pull")
+
+
+@pytest.mark.parametrize("file, word", [
+    (None, "pytorch_model.bin"), ("pytorch_model.bin", "git lfs pull"), ("config.json", "JSON")])  # fmt: skip
+def test_the_scripts_say_in_one_line_what_is_wrong(file, word, tmp_path, capsys):
+    folder = write(tmp_path, *published("absorb"), "pytorch_model.bin")
+    if file is None:
+        (folder / "pytorch_model.bin").unlink()
+    else:
+        (folder / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SystemExit) as end:
+        train.load_model(str(folder))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and len(line.splitlines()) == 1 and str(folder) in line and word in line
+
+
+def test_the_scripts_name_the_command_that_installs_what_is_missing(without, capsys):
+    without("safetensors.torch")
+    with pytest.raises(SystemExit):
+        train.load_model(str(DATA / "absorb"))
+    assert "pip install -e '.[hub]'" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------- malformed folders

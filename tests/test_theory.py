@@ -594,6 +594,14 @@ def test_draws_follow_their_probabilities():
     assert ((counts - expected) ** 2 / expected)[p > 0].sum() < chi2.isf(1e-6, int((p > 0).sum()) - 1)
 
 
+@pytest.mark.parametrize("u, drawn", [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_states_of_no_chance_are_not_drawn(u, drawn, monkeypatch):
+    """Not even where the uniform number is the sum of those before, or next to 1."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: torch.full(shape, u, **how))
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5]])
+    assert sample_categorical(probs).tolist() == [drawn]
+
+
 def test_top_p_cuts_the_tail_of_the_exact_sampler():
     """One position: of tokens with chances 0.5, 0.3 and 0.2 the first two hold 0.6, and come as 5 to 3; 1e-6."""
     model = Oracle(Absorbing(V), PAIR.sum(1))
