@@ -311,7 +311,7 @@ def confident(a):
             else:
                 masks = torch.full_like(nothing, model.graph.mask_id)
                 with torch.no_grad(), autocast(device, find_dtype("auto", device)):
-                    *_, x = states_of(model.scores_at, model.graph, model.noise, masks, steps, 1.0)
+                    *_, x = states_of(model.scores_at, model.graph, masks, steps, 1.0)
             return judged(judge, x) | {"entropy": entropy(x)}
 
         key = {"sampler": sampler, "steps": steps, "model": model_of("absorb", seed)}
