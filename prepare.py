@@ -209,7 +209,8 @@ def read_rows(name, folder, source):
         for split in splits:
             found = sorted(root.glob(files.format(split)))
             if folder and not found:  # it has other names: val.txt will do
-                found = [file for file in sorted(root.rglob(f"{split[:3]}*")) if file.suffix in kinds]
+                names = f"{split.replace('validation', 'val')}*"
+                found = [file for file in sorted(root.rglob(names)) if file.suffix in kinds]
             if not found:
                 continue
             names = [glob.escape(str(file)) for file in found]  # for datasets takes them for patterns

@@ -518,7 +518,8 @@ def main():
     if dist.is_initialized():
         time.sleep(0.2)  # gloo's threads may need the interpreter, which the next line holds while it waits for them
         dist.destroy_process_group()  # not after an error: a process that has failed alone could wait for ever
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def train(o, data, state, network, device, dtype):

@@ -812,7 +812,7 @@ def test_folder_is_no_data_set_before_all_of_it_is_there(tmp_path, monkeypatch, 
     complains(done, "prepare.py", "data/mine", "Input/output")
     assert len(calls) == last and os.listdir(tmp_path / "data") == ["mine"]
     assert not (tmp_path / "data/mine/train.bin").exists()
-    complains(call("train.py", "--dataset=mine", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
+    complains(call("train.py", "--dataset=mine", "--block_size=8", cwd=tmp_path), "train.py", "data/mine", "python prepare.py mine")
     meta = json.loads((tmp_path / "data/mine/meta.json").read_text())
     assert meta["source"] == ("some.txt" if last == 1 else "more.txt") or not list(tmp_path.glob("data/mine/*.bin"))
 
