@@ -224,6 +224,18 @@ def test_score_entropy_is_the_plain_sum_of_its_definition(graph):
     torch.testing.assert_close(graph.score_entropy(log_score, sigma, x, x0), expected)
 
 
+def test_score_entropy_of_an_uneven_pi_is_the_plain_sum():
+    class Uneven(sedd.Graph):
+        def pi(self, y, dtype=torch.float32):
+            return torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]).to(dtype)[y]
+
+    graph = Uneven(V)
+    x0, sigma, x, log_score = random_case(graph, B=20)
+    expected = plain_score_entropy(graph, log_score, sigma, x, x0)
+    assert graph.can_change(x).sum() > 50
+    torch.testing.assert_close(graph.score_entropy(log_score, sigma, x, x0), expected, rtol=1e-6, atol=1e-7)
+
+
 @all_graphs
 def test_score_entropy_is_zero_at_the_true_ratio_and_positive_elsewhere(graph):
     x0, sigma, x, noise = random_case(graph, B=50)

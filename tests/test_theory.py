@@ -518,6 +518,25 @@ def test_the_exact_sampler_ends_where_the_noise_does():
     assert ((counts - 12000 * PAIR.sum(1)) ** 2 / (12000 * PAIR.sum(1))).sum() < chi2.isf(1e-6, V - 1)
 
 
+@pytest.mark.parametrize("least, most", [(1e-12, 1e-8), (15.0, 20.0)])
+def test_the_exact_sampler_knows_sigma_where_nearly_none_or_nearly_all_is_masked(least, most):
+    """1 - e^-sigma rounds to 0 or to 1 there, in float32: sigma must not."""
+    graph, seen = Absorbing(V), []
+    oracle = Oracle(graph, PAIR.sum(1))
+
+    def model(x, sigma):
+        seen.append(sigma)
+        return oracle(x, sigma.double().clamp(0.1, 5))
+
+    torch.manual_seed(0)
+    sample(model, graph, GeometricNoise(least, most), torch.full((1000, 1), -1), 1, "exact")
+    (sigma,) = seen
+    if most < 1:  # m falls to m u, and at small noise sigma is m
+        assert (sigma > 0).all() and kstest(sigma.double().numpy() / most, "uniform").pvalue > 1e-6
+    else:  # it falls to the end at once, for m u is far below 1
+        torch.testing.assert_close(sigma, torch.full((1000,), least), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("kept", [{0: 1}, {1: 2}, {0: 0, 2: 0}], ids=["prefix", "middle", "both ends"])
 def test_the_exact_sampler_infills(kept):
     """Section 4.3, and now without any error of steps."""
