@@ -8,8 +8,8 @@ token that is hit turns into MASK (absorbing graph) or into a random token (unif
 one has to know the ratios p_t(y) / p_t(x) for all sequences y that differ from x in one position: together they are
 called the concrete score. A transformer learns them by minimising the score entropy, which is smallest exactly at the
 true ratios. Its denoising form asks only for the ratios p(y | x0) / p(x | x0), which are known; weighted by the rate of
-the noise and integrated over time, it bounds -log p(x0), but for a term at each end. To sample, run the chain backwards
-from pure noise, with the learned score.
+the noise and integrated over time, with a term for each end, it is an upper bound on -log p(x0). To sample, run the
+chain backwards from pure noise, with the learned score.
 
 Sections 1 to 4 are the mathematics: noise, graph, loss, samplers. There the network is a black box: model(x, sigma) is
 its log score (B, L, S), 0 at y = x, and model(x, sigma, x0) is graph.score_entropy (B, L) of that log score. Then come
@@ -64,7 +64,7 @@ class GeometricNoise:
 
 
 # ------------------------------------------------------------------------------------------------------
-# 2. Graph: the Markov chain of one token, dp/dt = dsigma(t) Q p, so that p_t = exp(sigma Q) p_0, where p_0 is the data.
+# 2. Graph: the Markov chain of one token, dp/dt = dsigma(t) Q p, so that p_t = exp(sigma(t) Q) p_data.
 # Q[y, x] is the rate of the jump from x to y.
 #
 # All tokens of a sequence are noised independently, so the neighbours of x are the sequences that differ from it in one
@@ -76,9 +76,9 @@ class GeometricNoise:
 #     s - r log s + K(r)   with   K(r) = r (log r - 1):
 #
 # convex in s, zero at s = r, positive elsewhere and, for r > 0, infinite at s = 0. The ratio p_t(y) / p_t(x) is not
-# known. But put r = p(y | x0) / p(x | x0) in its place: wherever Q[x, y] > 0, its mean over x0 ~ p(x0 | x) is just the
-# true ratio, so that on average the loss only gains a constant, and keeps its minimum. This is the denoising score
-# entropy. The loss of a token is the sum of these over the jumps y != x, each weighted by Q[x, y].
+# known. But put r = p(y | x0) / p(x | x0) in its place. Wherever Q[x, y] > 0, its mean over x0 ~ p(x0 | x) is the sum
+# of p(x0) p(y | x0) / p_t(x): the true ratio. So on average the loss only gains a constant, and is smallest at the same
+# s. This is the denoising score entropy. Of a token it is the sum over the jumps y != x, weighted by Q[x, y].
 
 
 class Graph:
@@ -103,7 +103,7 @@ class Graph:
         return self.pi(torch.arange(self.num_states), torch.float64)[:, None] - torch.eye(self.num_states).double()
 
     def can_change(self, x):
-        """x (...) -> bool (...), the positions from which the reversed chain can jump: where noise may have put x."""
+        """x (...) -> bool (...), the positions from which the reversed chain can jump: where x can come from noise."""
         return self.pi(x) > 0
 
     def sample_transition(self, x0, sigma, generator=None):
@@ -136,13 +136,13 @@ class Graph:
     def score_entropy(self, log_score, sigma, x, x0):
         """Denoising score entropy in nats per unit of sigma, of log_score (..., S), which is 0 at y = x -> (...).
 
-        It is pi_x times the sum over y of s - r log s + K(r), where K(r) = r (log r - 1), for sigma > 0. At y = x it is
-        zero. At large r its digits would cancel: so r (e^d - 1 - d), with d = log s - log r, or s where r = 0.
+        For sigma > 0 it is pi_x times the sum over y of s - r log s + K(r), which is zero at y = x. At large r these
+        would cancel all their digits. So they are written r (e^d - 1 - d), with d = log s - log r, and s where r = 0.
         """
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
-        # two numbers a token: r = p(y | x0) / p(x | x0) at y = x0, and r pi_x / pi_y at any other y
+        # two numbers a token tell all r = p(y | x0) / p(x | x0): r at y = x0, and what times pi_y / pi_x is r elsewhere
         r_x0, r_other = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x])[..., None]
         y, x0 = torch.arange(self.num_states, device=x.device), x0[..., None]
         pi_x = self.pi(x, log_score.dtype)[..., None]
@@ -162,16 +162,16 @@ class Graph:
     def tweedie_probs(self, score, delta, x):
         """p(y) = (exp(-delta Q) s)_y exp(delta Q)[x, y], (..., S): the Tweedie step, which undoes the noise delta.
 
-        With the true scores it is, for each position by itself, p(its token at noise sigma - delta | x). Learned
-        scores can make entries negative; these become zero.
+        With the true scores it is, for each position by itself, p(its token at noise sigma - delta | x), by Bayes: the
+        first factor is p(y) there over p(x), the second the chance that noise delta leads from y to x. Learned scores
+        can make entries negative; these become zero.
         """
         x, undo = x[..., None], torch.expm1(delta)[..., None]
         pi = self.pi(torch.arange(self.num_states, device=x.device), score.dtype)
         pi_x = self.pi(x, score.dtype)
         others = score.scatter(-1, x, 0.0)
         total = others.sum(-1, keepdim=True)  # over y != x: beside s_x = 1 a small sum would lose its digits
-        # exp(-delta Q) s is (1 + undo) s - undo (sum of s) pi, and exp(delta Q)[x, y] is [y = x] + undo pi_x, over
-        # e^delta, which the last line takes out
+        # the factors are (1 + undo) s - undo (sum of s) pi and e^-delta ([y = x] + undo pi_x), with undo = e^delta - 1
         stay = (1 + undo * (1 - pi_x - pi_x * total)).clamp(min=0) * (1 + undo * pi_x)
         jumps = others.mul_(1 + undo).addcmul_(-undo * (1 + total), pi).clamp_(min=0).mul_(undo * pi_x)
         probs = jumps.scatter_(-1, x, stay)
@@ -250,7 +250,7 @@ def nll_bound(model, graph, noise, x0, num_times=128):
     scores the bound is an equality, up to the distance of p_T from p_base and to the last step's independent positions.
     The integral takes num_times times t = u^2, u evenly spaced from a random shift per sequence: under log-linear noise
     the rare hits near t = 0 weigh 1 / t, and even times would have an infinite variance. Under it the last term is 0,
-    and the KL at most eps log V nats per token. Under geometric noise the KL is tiny, and the last term one draw of x.
+    and the KL at most eps log V nats per token. Under geometric noise the KL is tiny; one x is drawn for the last term.
     """
     shift = low_discrepancy_times(len(x0), x0.device)[torch.randperm(len(x0), device=x0.device)]
     bound = graph.prior_kl(noise(torch.ones_like(shift))[0][:, None], x0).sum(-1)
@@ -269,11 +269,11 @@ def nll_bound(model, graph, noise, x0, num_times=128):
 
 # ------------------------------------------------------------------------------------------------------
 # 4. Samplers: the reversed chain, cut into steps in which all positions jump independently, or token by token. A step
-# makes chances of scores (step_probs), and draws from them (jump). `sample` runs one of two loops over states x (B, L).
+# turns scores into chances (step_probs), and draws from them (jump). `sample` runs one of two loops over x (B, L).
 
 
 def euler_probs(graph, score, delta, x):
-    """Tau-leaping, where delta is dt dsigma(t): [y = x] + delta reverse_rate(score, x)_y, (..., S)."""
+    """Tau-leaping, where delta is dt dsigma(t), the rates held constant: [y = x] + delta reverse_rate_y, (..., S)."""
     probs = graph.reverse_rate(score, x) * delta[..., None]
     probs.scatter_add_(-1, x[..., None], torch.ones_like(probs[..., :1]))
     return probs.clamp_(min=0)  # too long a step would make staying negative
@@ -314,7 +314,7 @@ def sample_categorical(probs, top_p=1.0):
 
 
 def jump(x, probs, top_p):
-    """x (R,) after a draw from probs (R, S), used up: whether a token jumps and then, for the few that do, where to."""
+    """x (R,) after a draw from probs (R, S), overwritten: whether a token jumps and then, for the few, where to."""
     stay = probs.gather(-1, x[:, None])
     jumps = probs.scatter_(-1, x[:, None], 0.0)
     jumping = sample_categorical(torch.cat([stay, jumps.sum(-1, keepdim=True)], -1)).nonzero()[:, 0]
@@ -342,7 +342,7 @@ def steps_of(sampler, scores_at, graph, noise, x, free, steps, top_p, eta):
             log_score_at = scores_at(x, torch.full(x.shape[:1], sigma, device=x.device))
             for part, goal in parts:
                 score = log_score_at(part)
-                if sigma > 9:  # a step magnifies rounding by up to e^(sigma - after): too much where scores are exact
+                if sigma > 9:  # a step can magnify rounding by e^(sigma - after): in float32 it would show
                     score = in_float64(score)
                 here = x.flatten()[part].to(score.device)
                 probs = step_probs(sampler, graph, score.exp_(), here, sigma, goal, rate / steps)
@@ -387,10 +387,10 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
     Under the absorbing graph exact scores and small steps give p(rest | kept): a kept token looks like one that noise
     has missed. Under the uniform graph they do not: a kept token is taken for one that may be noisy.
 
-    top_p < 1 does not change whether a token jumps, only where to. eta > 0 lets a token change once more after it is
+    top_p < 1 does not change whether a token jumps, only where to. eta > 0 lets a token change again after it is
     written: instead of a step to noise sigma', a position takes, with chance min(1, eta / (1 - e^-sigma')), a fresh
-    draw of x0, noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185). With exact scores, from x ~ p_t, each
-    position keeps its marginal. callback(step, x) sees each state, the first at step 0. ValueError at wrong options.
+    draw of x0, noised up to sigma' (remasking, arXiv 2503.00307, 2602.21185). With exact scores, from x ~ p_t, Tweedie
+    steps keep each position's marginal. callback(step, x) sees each state, from step 0. ValueError at wrong options.
     """
     if sampler not in ("tweedie", "euler", "exact") or steps < 1:
         raise ValueError(f"sampler={sampler!r} must be tweedie, euler or exact, and steps={steps} at least 1")
