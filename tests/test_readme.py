@@ -226,7 +226,8 @@ def test_likelihood_on_local_copies_of_the_five_sets(tmp_path):
     sed = loop[loop.index("sed -n") :].strip()
     assert sorted(names) == sorted(LOCAL)
     told = section("Published weights")
-    assert f"python {prepares} && python {trains}".replace("$set", "ptb") in told and all(name in told for name in names)
+    assert f"python {prepares} && python {trains}".replace("$set", "ptb") in told
+    assert all(name in told for name in {*names} - {"ptb"})
 
     (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "notes.txt").write_text("\n".join(SAID * 20))
