@@ -28,14 +28,14 @@ class Options:
     # the text
     prompt: str = "{}"  # {20}: 20 tokens to write; {}: the rest of a block (at the end if there is no gap); {{: brace
     num_samples: int = 1  # texts
-    # the way to it
+    # sampling
     steps: int = 128  # calls of the network for a block: more are slower and better
-    sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how it uses the scores; exact: one by one
+    sampler: Literal["tweedie", "euler", "exact"] = "tweedie"  # how tokens are drawn; exact: one at a time
     top_p: float = 1.0  # draw only from the likeliest tokens, as many as hold this share of the chances (0: one)
     eta: float = 0.0  # how often written tokens change again, say 0.05
-    seed: int = 1337  # of the draws
+    seed: int = 1337  # of the random draws
     watch: bool = False  # see the first text being written, for 6 seconds or more, in a terminal
-    judge: str = ""  # tell their perplexity under this model (gpt2-large)
+    judge: str = ""  # report their perplexity under this model (gpt2-large)
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
@@ -67,7 +67,7 @@ def build_prompt(text, tokenizer, block_size, blank):
 
 
 def judged(texts, x, judge):
-    """What there is to say of texts with the tokens x (B, L), in one line.
+    """Perplexity and entropy of texts with the tokens x (B, L), in one line.
 
     The perplexity is that of a causal model of transformers, on all tokens that it can read but the first. The entropy,
     in nats, is of how often each token is in a text, and the mean over the texts.
@@ -113,8 +113,8 @@ def main():
         judge = pipeline("text-generation", o.judge, device=device)  # before the texts: a wrong name costs none
 
     x = torch.tensor(prompt, device=device).repeat(o.num_samples, 1)
-    batches = x.split(max(1, 16 * 1024 // min(len(prompt), L)))  # tokens that the network sees at a time
-    # A long text is written in pieces. Each begins with the last half of the one before, and then has a gap.
+    batches = x.split(max(1, 16 * 1024 // min(len(prompt), L)))  # the network sees 16K tokens at a time
+    # A long text is written in pieces. Each begins with the last half of the one before, which is written already.
     starts = range(0, len(prompt), L - L // 2)
     pieces = [slice(i, i + L) for i in starts if -1 in prompt[i + L // 2 * (i > 0) : i + L]]
     steps = prompt.count(-1) if model.causal or o.sampler == "exact" else o.steps * len(pieces)
@@ -148,7 +148,7 @@ def main():
                 print(UNSAFE.sub("\ufffd", text) if sys.stdout.isatty() else text, flush=True)
                 texts.append(text)
     print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: "
-          f"{steps} steps of {'GPT' if model.causal else o.sampler}, model from {start}", file=sys.stderr)  # fmt: skip
+          f"{bar.n // len(batches)} steps of {'GPT' if model.causal else o.sampler}, model from {start}", file=sys.stderr)  # fmt: skip
     if o.judge:
         print(judged(texts, x, judge), file=sys.stderr)
 
