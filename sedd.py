@@ -85,8 +85,7 @@ class Graph:
     """A token is replaced, at rate 1, by a draw from a distribution pi: MASK always, or any token.
 
     So Q = pi 1^T - I, and Q[x, y] = pi_x for y != x. As pi 1^T is its own square, exp(sigma Q) = a I + (1 - a) pi 1^T
-    with a = e^-sigma: after noise sigma a token is unhit with chance a, and otherwise distributed as pi. Everything
-    below follows from this.
+    with a = e^-sigma: after noise sigma a token is unhit with chance a, and otherwise distributed as pi.
 
     Tokens are 0 ... vocab_size - 1; MASK, where there is one, is one state more. x and x0 (...) are int64 of any shape,
     sigma and delta broadcast with them, as (B, 1) does with (B, L), and scores are (..., S). A graph of this kind
@@ -418,6 +417,7 @@ def sample(model, graph, noise, prompt, steps, sampler="tweedie", callback=None,
 
 GRAPHS = {"absorb": Absorbing, "uniform": Uniform}
 NOISES = {"loglinear": LogLinearNoise, "geometric": GeometricNoise}
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # again(f, x): f(x), and once more backward
 
 
 @dataclass
@@ -475,10 +475,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """From tokens and noise to features, of which a subclass makes a `block_loss`. The config names graph and noise."""
+    """From tokens and noise to features, of which a subclass makes a `row_loss`. The config names graph and noise."""
 
     causal = False  # whether a position sees only those before it
-    compiled = False
 
     def __init__(self, config):
         super().__init__()
@@ -512,7 +511,7 @@ class Transformer(nn.Module):
     # The rest of this class makes the same numbers in less time and memory: no tensor has (B, L, S) entries.
 
     def loss_of_rows(self, rows, h, *inputs):
-        """block_loss at rows (R,), places in the flattened h (B, L, n_embd) and inputs (B, L) -> (B, L), else 0."""
+        """row_loss at rows (R,), places in the flattened h (B, L, n_embd) and inputs (B, L) -> (B, L), else 0."""
         head, S, kind, shape = self.output_layer.linear, self.graph.num_states, h.device.type, h.shape[:2]
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         # GPUs multiply faster where sizes are multiples of 8. And an empty block would be compiled anew.
@@ -520,26 +519,29 @@ class Transformer(nn.Module):
         b = F.pad(head.bias.to(dtype), (0, -S % 8))
         places = F.pad(rows, (0, 8 - len(rows) % 8))
         h, *inputs = (tensor.flatten(0, 1).index_select(0, places) for tensor in (h, *inputs))
-        # compiled, a block needs no memory for what is computed on the way
-        size = max(1, rows_at_a_time(h, self.graph) // (8 if self.compiled else 128)) * 8
+        size, losses = max(1, rows_at_a_time(h, self.graph) // 8) * 8, []
         # two blocks of rows keep their logits for the backward pass; others compute them again
-        again = partial(checkpoint, self.block_loss, use_reentrant=False, preserve_rng_state=False)
-        losses = []
         for i, block in enumerate(zip(*(tensor.split(size) for tensor in (h.to(dtype), *inputs)))):
-            losses.append((self.block_loss if i < 2 else again)(W, b, *block))
+            losses.append(self.block_loss(W, b, *block) if i < 2 else again(self.block_loss, W, b, *block))
         losses = torch.cat(losses)[: len(rows)]
         return losses.new_zeros(shape).flatten().scatter(0, rows, losses).view(shape)
+
+    def block_loss(self, W, b, h, *inputs):
+        """The head's W (P, n_embd) and b (P,) with P >= S, h (R, n_embd) and inputs (R,) -> row_loss (R,)."""
+        logits = F.linear(h, W, b)[:, : self.graph.num_states]
+        if torch.compiler.is_compiling():
+            return self.row_loss(logits, *inputs)  # one kernel: what is computed on the way needs no memory
+        few = max(1, rows_at_a_time(h, self.graph) // 16)
+        parts = zip(*(tensor.split(few) for tensor in (logits, *inputs)))
+        return torch.cat([again(self.row_loss, *part) for part in parts])
 
     def compile(self):
         """Compile in place what takes the time: the blocks of the trunk, and the loss of a block of rows."""
         for block in self.blocks:  # one by one: one compilation serves them all, and DDP can overlap them
             block.compile()
-        # Else two sizes that are equal at the first call would be taken to be equal for ever.
-        torch.fx.experimental._config.use_duck_shape = False
-        # Tiles of two dimensions, rows and states, spare Triton a division for every score.
-        options = {"triton.prefer_nd_tiling": True}
+        torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at the first call may differ later
+        options = {"triton.prefer_nd_tiling": True}  # tiles of rows and states spare Triton a division for every score
         self.block_loss = torch.compile(self.block_loss, dynamic=True, options=options)
-        self.compiled = True
 
 
 class SEDD(Transformer):
@@ -552,9 +554,7 @@ class SEDD(Transformer):
         rows = self.graph.can_change(x).flatten().nonzero()[:, 0]  # before the trunk, for it waits for the GPU
         return self.loss_of_rows(rows, self.trunk(x, sigma), sigma[:, None].expand_as(x), x, x0)
 
-    def block_loss(self, W, b, h, sigma, x, x0):
-        """The score entropy (R,) of rows h (R, n_embd), by the head's weight W and bias b, which may be padded."""
-        logits = F.linear(h, W, b)[:, : self.graph.num_states]
+    def row_loss(self, logits, sigma, x, x0):
         return self.graph.score_entropy(self.log_score(logits, sigma, x), sigma, x, x0)
 
     def log_score(self, logits, sigma, x):
@@ -689,8 +689,8 @@ class GPT(Transformer):
         h = self.trunk(before, x0.new_zeros(len(x0)))
         return self.loss_of_rows(torch.arange(x0.numel(), device=x0.device), h, x0)
 
-    def block_loss(self, W, b, h, x0):
-        return F.cross_entropy(F.linear(h, W, b)[:, : self.config.vocab_size].float(), x0, reduction="none")
+    def row_loss(self, logits, x0):
+        return F.cross_entropy(logits[:, : self.config.vocab_size].float(), x0, reduction="none")
 
     def loss(self, x0, t=None, x=None, network=None):
         """-log p(x0), x0 (B, L) -> (B,) in nats per sequence. There is no noise, and no use for t and x."""
