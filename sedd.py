@@ -144,10 +144,10 @@ class Graph:
         # two numbers a token tell all r = p(y | x0) / p(x | x0): r at y = x0, and what times pi_y / pi_x is r elsewhere
         r_x0, r_other = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x])[..., None]
         y, x0 = torch.arange(self.num_states, device=x.device), x0[..., None]
-        pi_x = self.pi(x, log_score.dtype)[..., None]
-        relative = self.pi(y, log_score.dtype) / torch.where(pi_x > 0, pi_x, 1.0)
-        r = torch.where(y == x0, r_x0, r_other * relative)
-        log_r = torch.where(y == x0, r_x0.log(), r_other.log() + relative.log())
+        pi, pi_x = self.pi(y, log_score.dtype), self.pi(x, log_score.dtype)[..., None]
+        some = torch.where(pi_x > 0, pi_x, 1.0)
+        r = torch.where(y == x0, r_x0, r_other / some * pi)
+        log_r = torch.where(y == x0, r_x0.log(), r_other.log() + (pi.log() - some.log()))
         d = torch.where(r > 0, log_score - log_r, 0.0)
         entropy = torch.where(r > 0, r * (torch.expm1(d) - d), log_score.exp())
         return (pi_x * entropy).sum(-1)
@@ -162,8 +162,8 @@ class Graph:
         """p(y) = (exp(-delta Q) s)_y exp(delta Q)[x, y], (..., S): the Tweedie step, which undoes the noise delta.
 
         With the true scores it is, for each position by itself, p(its token at noise sigma - delta | x), by Bayes: the
-        first factor is p(y) there over p(x), the second the chance that noise delta leads from y to x. Learned scores
-        can make entries negative; these become zero.
+        first factor is the chance of y there over that of x, the second that noise delta leads from y to x. Learned
+        scores can make entries negative; these become zero.
         """
         x, undo = x[..., None], torch.expm1(delta)[..., None]
         pi = self.pi(torch.arange(self.num_states, device=x.device), score.dtype)
@@ -229,7 +229,7 @@ def diffusion_loss(model, graph, noise, x0, t=None, x=None):
     sigma, dsigma = noise(t)
     if x is None:
         x = graph.sample_transition(x0, sigma[:, None])
-    return dsigma * model(x, sigma, x0).sum(-1)
+    return dsigma * model(x, sigma, x0).sum(-1)  # the model's score entropy
 
 
 def rows_at_a_time(x, graph):
@@ -279,7 +279,7 @@ def euler_probs(graph, score, delta, x):
 
 
 def step_probs(sampler, graph, score, x, sigma, after, leap):
-    """Chances (R, S) of a step from noise sigma to `after`, for x (R,) with scores (R, S). Euler's delta is `leap`."""
+    """Chances (R, S) of a step from noise sigma to `after`, x (R,) with scores (R, S). leap is Euler's dt dsigma(t)."""
     delta = leap if sampler == "euler" and after else sigma - after
     delta = torch.full_like(score[:, 0], delta)
     if after == 0:
