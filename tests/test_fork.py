@@ -141,8 +141,12 @@ class Independent:
 def states_of(sedd, model, prompt, steps, **how):
     """What `sample` passes through, (steps + 1, B, L)."""
     graph, states = sedd.Absorbing(model.p.shape[1]), []
-    x = sedd.sample(model, graph, sedd.LogLinearNoise(), prompt, steps, "confident",
-                    callback=lambda step, x: states.append(x.clone()), **how)  # fmt: skip
+
+    def callback(step, x):
+        assert step <= steps  # or it would never end
+        states.append(x.clone())
+
+    x = sedd.sample(model, graph, sedd.LogLinearNoise(), prompt, steps, "confident", callback, **how)
     assert x.max() < graph.vocab_size and torch.equal(x, states[-1])
     return torch.stack(states)
 
@@ -169,6 +173,7 @@ def test_what_is_kept_was_the_likeliest_draw(sedd, monkeypatch):
     torch.manual_seed(1)
     model = Independent(torch.randn(12, 5).softmax(-1))
     states = states_of(sedd, model, torch.full((3, 12), -1), 4)
+    assert len(draws) == len(states) - 1 == 4
     for before, after, drawn in zip(states, states[1:], draws):
         drawn = torch.zeros_like(before).masked_scatter(before == 5, drawn)
         chances = model.p.expand(3, 12, 5).gather(-1, drawn[..., None])[..., 0]
