@@ -141,16 +141,16 @@ class Graph:
         a, hit, pi_x = torch.exp(-sigma), -torch.expm1(-sigma), self.pi(x, sigma.dtype)
         p_x = a * (x == x0) + hit * pi_x  # p(x | x0), for p(y | x0) = [y = x0] a + (1 - a) pi_y
         p_x = torch.where(p_x > 0, p_x, 1.0)  # where no noise leads to x, pi_x is zero, and so is the loss
-        # two numbers a token tell all r = p(y | x0) / p(x | x0): r at y = x0, and what times pi_y / pi_x is r elsewhere
-        r_x0, r_other = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit * pi_x / p_x])[..., None]
-        y, x0 = torch.arange(self.num_states, device=x.device), x0[..., None]
-        pi, pi_x = self.pi(y, log_score.dtype), self.pi(x, log_score.dtype)[..., None]
-        some = torch.where(pi_x > 0, pi_x, 1.0)
-        r = torch.where(y == x0, r_x0, r_other / some * pi)
-        log_r = torch.where(y == x0, r_x0.log(), r_other.log() + (pi.log() - some.log()))
-        d = torch.where(r > 0, log_score - log_r, 0.0)
-        entropy = torch.where(r > 0, r * (torch.expm1(d) - d), log_score.exp())
-        return (pi_x * entropy).sum(-1)
+        # r = p(y | x0) / p(x | x0) in two numbers a token: r at y = x0, and r / pi_y at any other y
+        r_x0, c = torch.stack([(a + hit * self.pi(x0, sigma.dtype)) / p_x, hit / p_x])[..., None]
+        y = torch.arange(self.num_states, device=x.device)
+        pi, at_x0 = self.pi(y, log_score.dtype), y == x0[..., None]
+        r = torch.where(at_x0, r_x0, c * pi)
+        log_r = torch.where(at_x0, r_x0.log(), c.log() + pi.log())
+        reached = r > 0
+        d = torch.where(reached, log_score - log_r, 0.0)
+        entropy = torch.where(reached, r * (torch.expm1(d) - d), log_score.exp())
+        return self.pi(x, log_score.dtype) * entropy.sum(-1)
 
     def reverse_rate(self, score, x):
         """Rates of the reversed chain out of x, per unit of sigma: Q[x, y] s_y at y != x, (..., S); the sum is 0."""
