@@ -147,8 +147,9 @@ def main():
                 print("\n" + "-" * 80 + "\n" if texts else CLEAR * watch, end="")
                 print(UNSAFE.sub("\ufffd", text) if sys.stdout.isatty() else text, flush=True)
                 texts.append(text)
-    print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {time.monotonic() - began:.1f} s: "
-          f"{bar.n // len(batches)} steps of {'GPT' if model.causal else o.sampler}, model from {start}", file=sys.stderr)  # fmt: skip
+    how, seconds = "GPT" if model.causal else o.sampler, time.monotonic() - began
+    print(f"{len(texts)} text{'s' * (len(texts) > 1)} of {len(prompt)} tokens in {seconds:.1f} s: "
+          f"{bar.n // len(batches)} steps of {how}, model from {start}", file=sys.stderr)  # fmt: skip
     if o.judge:
         print(judged(texts, x, judge), file=sys.stderr)
 
