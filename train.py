@@ -480,7 +480,7 @@ def main():
     may_be_0 = "micro_batch_size", "warmup_steps", "eval_sequences", "seed"
     if zero := [k for k, v in asdict(o).items() if type(v) is int and v == 0 and k not in may_be_0]:
         fail(f"{zero[0]}=0 must be at least 1")
-    if o.batch_size < WORLD:
+    if not o.eval_only and o.batch_size < WORLD:
         fail(f"batch_size={o.batch_size} leaves nothing to some of {WORLD} processes: try --batch_size={WORLD}")
     if o.compile == "True" and not can_compile(device):
         fail(f"compile=True, but there is no compiler for {device.type} here: install one, or leave it out")

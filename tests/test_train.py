@@ -145,6 +145,14 @@ def test_evaluation_takes_blocks_spread_over_the_split(home, monkeypatch):
     assert "over 10 of 10 blocks" in works(call("train.py", *args, "--eval_sequences=0", cwd=home)).stdout
 
 
+def test_more_processes_than_a_batch_can_evaluate(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(train, "WORLD", 64)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--init_from=out", "--eval_only"])
+    train.main()
+    assert "nats per token" in capsys.readouterr().out
+
+
 def test_bits_are_counted_on_the_original_text(home, tmp_path):
     args = [*TINY, "--dataset=bpe", "--eval_only"]
     done = works(call("train.py", *args, cwd=home))
